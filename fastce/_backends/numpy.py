@@ -1,0 +1,152 @@
+"""The readable specification of the kernels, and the fallback that runs everywhere.
+
+Each block of rows is computed in float64, whatever the logits' dtype, and rounded once. With
+float64 logits ``x - m`` rounds; what it rounds away is carried into the exponential, as in the
+compiled kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastce.kernels import Kernels, tile_rows
+
+# Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
+_BLOCK_ELEMENTS = 65_536
+
+_Float = NDArray[np.float32 | np.float64]
+
+
+class _Rows(NamedTuple):
+    """A block of kept rows, all float64."""
+
+    index: NDArray[np.intp]  # (n,) where the rows stand in the caller's arrays
+    targets: NDArray[np.int64]  # (n,)
+    exps: NDArray[np.float64]  # (n, n_classes) exp(x - m), 0 at one maximum
+    top: NDArray[np.intp]  # (n,) the class of that maximum
+    gap: NDArray[np.float64]  # (n,) m - x_t
+    rest: NDArray[np.float64]  # (n,) the sum of exps: of all classes but one maximum
+
+
+def load(isa: str | None) -> Kernels:
+    """Return the kernels; NumPy chooses its own instruction sets."""
+    return NumpyKernels()
+
+
+class NumpyKernels:
+    """`fastce.kernels.Kernels` in NumPy."""
+
+    def max_threads(self) -> int:
+        """Return 1: NumPy's element-wise loops use the calling thread."""
+        return 1
+
+    @np.errstate(all="ignore")  # inf - inf is how a row that is not finite becomes NaN
+    def loss(
+        self,
+        logits: _Float,
+        targets: NDArray[np.int64],
+        losses: _Float,
+        ranks: NDArray[np.int64] | None,
+        tile_sums: NDArray[np.float64],
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.loss`."""
+        losses[:] = 0
+        if ranks is not None:
+            ranks[:] = -1
+        for rows in _blocks(logits, targets):
+            losses[rows.index] = _loss(rows)
+            if ranks is not None:
+                rank = _rank(logits[rows.index], rows.targets)
+                ranks[rows.index] = np.where(np.isnan(rows.rest), -1, rank)
+        _sum_tiles(losses, tile_sums, logits.shape[1])
+
+    @np.errstate(all="ignore")
+    def loss_grad(
+        self,
+        logits: _Float,
+        targets: NDArray[np.int64],
+        scale: NDArray[np.float64],
+        losses: _Float,
+        grad: _Float,
+        tile_sums: NDArray[np.float64],
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.loss_grad`."""
+        losses[:] = 0
+        for rows in _blocks(logits, targets):
+            losses[rows.index] = _loss(rows)
+            grad[rows.index] = _gradient(rows, scale[rows.index])
+        grad[_ignored(targets, logits.shape[1])] = 0
+        _sum_tiles(losses, tile_sums, logits.shape[1])
+
+
+def _ignored(targets: NDArray[np.int64], n_classes: int) -> NDArray[np.bool_]:
+    return (targets < 0) | (targets >= n_classes)
+
+
+def _blocks(logits: _Float, targets: NDArray[np.int64]) -> Iterator[_Rows]:
+    n_rows, n_classes = logits.shape
+    kept = np.flatnonzero(~_ignored(targets, n_classes))
+    step = max(1, _BLOCK_ELEMENTS // n_classes)
+    for start in range(0, len(kept), step):
+        index = kept[start : start + step]
+        yield _exponentials(index, logits[index].astype(np.float64), targets[index])
+
+
+def _exponentials(
+    index: NDArray[np.intp], x: NDArray[np.float64], targets: NDArray[np.int64]
+) -> _Rows:
+    n = np.arange(len(x))
+    top = x.argmax(axis=1)  # a NaN counts as the largest
+    m = x[n, top]
+    # x - m = d + r exactly (Knuth's TwoSum); where d is infinite there is no r
+    d = x - m[:, None]
+    x1 = d + m[:, None]
+    m1 = x1 - d
+    r = (x - x1) - (m[:, None] - m1)
+    exps = np.exp(d)
+    exps += np.where(np.isneginf(d), 0.0, exps * r)
+    exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
+    return _Rows(index, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+
+
+def _loss(rows: _Rows) -> NDArray[np.float64]:
+    return rows.gap + np.log1p(rows.rest)
+
+
+def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    n = np.arange(len(rows.index))
+    total = 1.0 + rows.rest
+    # The others' sum never cancels: where the target is not the maximum, the maximum's 1 stays.
+    others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets])
+    grad = rows.exps
+    grad[n, rows.top] = 1.0
+    grad *= (scale / total)[:, None]
+    grad[n, rows.targets] = 0.0 - scale * (others / total)  # 0.0 - 0.0 is not -0.0
+    grad[np.isnan(total)] = np.nan
+    return grad
+
+
+def _rank(x: _Float, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    target_logit = np.take_along_axis(x, targets[:, None], axis=1)
+    ahead = np.count_nonzero(x > target_logit, axis=1)
+    tied_before = (x == target_logit) & (np.arange(x.shape[1]) < targets[:, None])
+    return np.asarray(ahead + np.count_nonzero(tied_before, axis=1), dtype=np.int64)
+
+
+def _sum_tiles(losses: _Float, tile_sums: NDArray[np.float64], n_classes: int) -> None:
+    step = tile_rows(n_classes)
+    for tile, start in enumerate(range(0, len(losses), step)):
+        tile_sums[tile] = _fsum(losses[start : start + step])
+
+
+def _fsum(values: _Float) -> float:
+    if np.isfinite(values).all():
+        return math.fsum(values.tolist())
+    return float(values.sum(dtype=np.float64))  # fsum refuses inf + -inf and may not see NaN

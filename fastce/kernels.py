@@ -1,0 +1,86 @@
+"""What a backend must provide, and what every backend must mean by it.
+
+A backend module has one function, ``load(isa)``, which returns an object with the methods of
+`Kernels`. The methods work on plain blocks of rows; everything a user may pass (any layout, any
+integer type, ignore_index, reductions) has become such blocks before a kernel sees it.
+
+The rules a kernel keeps
+------------------------
+Target
+    A target in [0, n_classes) names the row's class. Any other value marks an ignored row:
+    the row is not read, its loss and gradient are 0, its rank is -1. So a kernel is total: it
+    has no error to report and never reads outside its arrays, even if another thread changes the
+    targets while it runs.
+Loss
+    ``(m - x_t) + log1p(s)`` with m the row's maximum and s the sum of ``exp(x_j - m)`` over all
+    classes but one that attains m, the rounding of ``x_j - m`` carried along. Sums are
+    float64. Never negative, never -0.0.
+Gradient
+    ``scale * p_j``; at the target ``-scale`` times the sum of the others' p. Results below the smallest
+    normal number may be 0.
+Rank
+    The number of classes with a larger logit than the target's, or an equal one and a smaller id.
+-inf
+    As a logit: probability and gradient exactly 0, at any position, however many. As the
+    target's: loss +inf, gradient -scale there. In the whole row: NaN.
+NaN, +inf
+    Anywhere in a row that is not ignored: NaN loss and gradient for that row alone.
+Order
+    What a row yields depends on that row alone: not on its neighbours, the number of threads, or an
+    address. A tile's sum depends on the tile's losses alone.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from numpy import float32, float64, int64
+from numpy.typing import NDArray
+
+# One unit of parallel work and of exact summation: this many elements, in whole rows. 65 536
+# elements are about 10 us of work, five times what starting a parallel region costs.
+_TILE_ELEMENTS = 65_536
+_MAX_TILE_ROWS = 1024
+
+
+def tile_rows(n_classes: int) -> int:
+    """Rows per tile; depends on the number of classes alone, so sums do too."""
+    return min(_MAX_TILE_ROWS, max(1, _TILE_ELEMENTS // n_classes))
+
+
+class Kernels(Protocol):
+    """The kernels of one backend on one instruction set.
+
+    Arrays are aligned, of native byte order, and have unit stride along the classes; rows of
+    ``logits`` and ``grad`` may be any distance apart. ``logits`` and ``losses`` (and ``grad``) share a
+    dtype, float32 or float64.
+    """
+
+    def max_threads(self) -> int:
+        """Return the most threads this backend's runtime is set to use now."""
+        ...
+
+    def loss(
+        self,
+        logits: NDArray[float32 | float64],  # (n_rows, n_classes)  IN
+        targets: NDArray[int64],  # (n_rows,)            IN
+        losses: NDArray[float32 | float64],  # (n_rows,)            OUT
+        ranks: NDArray[int64] | None,  # (n_rows,)            OUT
+        tile_sums: NDArray[float64],  # (ceil(n_rows / tile_rows(n_classes)),)  OUT
+        num_threads: int,
+    ) -> None:
+        """Write each row's loss (and rank), and each tile's sum of losses."""
+        ...
+
+    def loss_grad(
+        self,
+        logits: NDArray[float32 | float64],  # (n_rows, n_classes)  IN
+        targets: NDArray[int64],  # (n_rows,)            IN
+        scale: NDArray[float64],  # (n_rows,)            IN, any stride
+        losses: NDArray[float32 | float64],  # (n_rows,)            OUT
+        grad: NDArray[float32 | float64],  # (n_rows, n_classes)  OUT, may be logits
+        tile_sums: NDArray[float64],  # (n_tiles,)           OUT
+        num_threads: int,
+    ) -> None:
+        """Write each row's loss and gradient, and each tile's sum of losses."""
+        ...

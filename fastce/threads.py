@@ -1,0 +1,111 @@
+"""How many threads a call uses, and the one place that guards against fork."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NamedTuple
+
+from fastce import cpu
+
+# Below the first figure a second thread costs more than it brings: entering a parallel region takes
+# about 2 us, in which one thread does this much. Above, each further thread needs the second.
+_SERIAL_ELEMENTS = 32_768
+_ELEMENTS_PER_THREAD = 16_384
+
+_chosen: int | None = None
+_ran_parallel = False
+_serial_child = False
+_serial_child_told = False
+
+
+class NumThreads(NamedTuple):
+    """A number of threads, and who asked for it."""
+
+    count: int | None  # None: as many as the machine and the backend's runtime allow
+    source: str
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Set how many threads calls use that do not say ``num_threads=`` themselves.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        At least 1; None returns to the automatic choice.
+
+    Raises
+    ------
+    ValueError
+        If ``num_threads`` is less than 1.
+
+    See Also
+    --------
+    show_config : Prints the number in force, and where it comes from.
+    """
+    global _chosen
+    _chosen = None if num_threads is None else _checked(num_threads, "num_threads")
+
+
+def requested(num_threads: int | None) -> NumThreads:
+    """Resolve argument, then `set_num_threads`, then FASTCE_NUM_THREADS, then automatic."""
+    if num_threads is not None:
+        return NumThreads(_checked(num_threads, "num_threads"), "num_threads=")
+    if _chosen is not None:
+        return NumThreads(_chosen, "set_num_threads")
+    text = os.environ.get("FASTCE_NUM_THREADS")
+    if text:
+        return NumThreads(_checked(text, "FASTCE_NUM_THREADS"), "FASTCE_NUM_THREADS")
+    return NumThreads(None, "automatic")
+
+
+def resolve(num_threads: int | None, n_elements: int, runtime_max: int) -> int:
+    """Return the threads to use for a call over ``n_elements`` logits.
+
+    The automatic choice is the cores this process may use, but no more than the backend's runtime is
+    set to (``runtime_max``): that is how OMP_NUM_THREADS and threadpoolctl limit it.
+    """
+    count = requested(num_threads).count
+    if count == 1 or n_elements < _SERIAL_ELEMENTS:
+        return 1
+    if count is None:
+        count = min(cpu.usable_cores(), runtime_max)
+    count = min(count, max(1, n_elements // _ELEMENTS_PER_THREAD))
+    return _guard_fork(count)
+
+
+def _guard_fork(count: int) -> int:
+    """Run serially in the child of a process that ran in parallel: its threads did not survive."""
+    global _ran_parallel, _serial_child_told
+    if count == 1:
+        return 1
+    if _serial_child:
+        if not _serial_child_told:
+            _serial_child_told = True
+            warnings.warn(
+                "this process was forked from one in which fastce had run in parallel, so fastce uses "
+                "one thread here; start workers by 'spawn' or 'forkserver' to use more",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        return 1
+    if not _ran_parallel:
+        _ran_parallel = True
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_mark_serial_child)
+    return count
+
+
+def _mark_serial_child() -> None:
+    global _serial_child
+    _serial_child = True
+
+
+def _checked(value: int | str, name: str) -> int:
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1 or isinstance(value, float):
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return count
