@@ -32,9 +32,9 @@ Order
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from numpy import float32, float64, int64
+from numpy import float64, int64
 from numpy.typing import NDArray
 
 # One unit of parallel work and of exact summation: this many elements, in whole rows. 65 536
@@ -60,27 +60,21 @@ class Kernels(Protocol):
         """Return the most threads this backend's runtime is set to use now."""
         ...
 
-    def loss(
+    def rows(
         self,
-        logits: NDArray[float32 | float64],  # (n_rows, n_classes)  IN
+        logits: NDArray[Any],  # (n_rows, n_classes)  IN
         targets: NDArray[int64],  # (n_rows,)            IN
-        losses: NDArray[float32 | float64],  # (n_rows,)            OUT
-        ranks: NDArray[int64] | None,  # (n_rows,)            OUT
-        tile_sums: NDArray[float64],  # (ceil(n_rows / tile_rows(n_classes)),)  OUT
-        num_threads: int,
-    ) -> None:
-        """Write each row's loss (and rank), and each tile's sum of losses."""
-        ...
-
-    def loss_grad(
-        self,
-        logits: NDArray[float32 | float64],  # (n_rows, n_classes)  IN
-        targets: NDArray[int64],  # (n_rows,)            IN
-        scale: NDArray[float64],  # (n_rows,)            IN, any stride
-        losses: NDArray[float32 | float64],  # (n_rows,)            OUT
-        grad: NDArray[float32 | float64],  # (n_rows, n_classes)  OUT, may be logits
+        losses: NDArray[Any],  # (n_rows,)            OUT
         tile_sums: NDArray[float64],  # (n_tiles,)           OUT
+        *,
+        ranks: NDArray[int64] | None,  # (n_rows,)            OUT
+        scale: NDArray[float64] | None,  # (n_rows,)            IN, any stride
+        grad: NDArray[Any] | None,  # (n_rows, n_classes)  OUT, may be logits
         num_threads: int,
     ) -> None:
-        """Write each row's loss and gradient, and each tile's sum of losses."""
+        """Write each row's loss, each tile's sum of losses and, where given, ranks and gradient.
+
+        ``scale`` is the upstream gradient, given if ``grad`` is; n_tiles is the number of
+        rows over ``tile_rows(n_classes)``, rounded up.
+        """
         ...

@@ -233,18 +233,25 @@ def run(
     for rows in problem.slices(*([] if grad_rows is None else [grad_rows])):
         x, y = problem.rows.read(rows), problem.targets[rows]
         row_losses = np.empty(len(y), problem.dtype)
+        row_ranks = None if ranks is None else np.empty(len(y), np.int64)
         tile_sums = np.empty(-(-len(y) // tile))
-        if grad_rows is None:
-            row_ranks = None if ranks is None else np.empty(len(y), np.int64)
-            kernels.loss(x, y, row_losses, row_ranks, tile_sums, count)
-            if ranks is not None:
-                ranks.reshape(-1)[rows] = row_ranks
-        else:
-            assert scale is not None
+        block = None
+        if grad_rows is not None:
             block = grad_rows.read(rows) if grad_rows.direct else np.empty(x.shape, problem.dtype)
-            kernels.loss_grad(x, y, scale[rows], row_losses, block, tile_sums, count)
-            if not grad_rows.direct:
-                grad_rows.write(rows, block)
+        kernels.rows(
+            x,
+            y,
+            row_losses,
+            tile_sums,
+            ranks=row_ranks,
+            scale=None if scale is None else scale[rows],
+            grad=block,
+            num_threads=count,
+        )
+        if grad_rows is not None and block is not None and not grad_rows.direct:
+            grad_rows.write(rows, block)
+        if ranks is not None:
+            ranks.reshape(-1)[rows] = row_ranks
         if losses is not None:
             RowView(losses[..., None], problem.dtype).write(rows, row_losses[:, None])
         sums.extend(tile_sums.tolist())

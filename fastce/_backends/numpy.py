@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,6 @@ from fastce.kernels import Kernels, tile_rows
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
-
-_Float = NDArray[np.float32 | np.float64]
 
 
 class _Rows(NamedTuple):
@@ -46,43 +44,32 @@ class NumpyKernels:
         return 1
 
     @np.errstate(all="ignore")  # inf - inf is how a row that is not finite becomes NaN
-    def loss(
+    def rows(
         self,
-        logits: _Float,
+        logits: NDArray[Any],
         targets: NDArray[np.int64],
-        losses: _Float,
-        ranks: NDArray[np.int64] | None,
+        losses: NDArray[Any],
         tile_sums: NDArray[np.float64],
+        *,
+        ranks: NDArray[np.int64] | None,
+        scale: NDArray[np.float64] | None,
+        grad: NDArray[Any] | None,
         num_threads: int,
     ) -> None:
-        """See `fastce.kernels.Kernels.loss`."""
-        losses[:] = 0
+        """See `fastce.kernels.Kernels.rows`."""
+        ignored = _ignored(targets, logits.shape[1])
+        losses[ignored] = 0
         if ranks is not None:
-            ranks[:] = -1
+            ranks[ignored] = -1
         for rows in _blocks(logits, targets):
             losses[rows.index] = _loss(rows)
             if ranks is not None:
                 rank = _rank(logits[rows.index], rows.targets)
                 ranks[rows.index] = np.where(np.isnan(rows.rest), -1, rank)
-        _sum_tiles(losses, tile_sums, logits.shape[1])
-
-    @np.errstate(all="ignore")
-    def loss_grad(
-        self,
-        logits: _Float,
-        targets: NDArray[np.int64],
-        scale: NDArray[np.float64],
-        losses: _Float,
-        grad: _Float,
-        tile_sums: NDArray[np.float64],
-        num_threads: int,
-    ) -> None:
-        """See `fastce.kernels.Kernels.loss_grad`."""
-        losses[:] = 0
-        for rows in _blocks(logits, targets):
-            losses[rows.index] = _loss(rows)
-            grad[rows.index] = _gradient(rows, scale[rows.index])
-        grad[_ignored(targets, logits.shape[1])] = 0
+            if grad is not None and scale is not None:
+                grad[rows.index] = _gradient(rows, scale[rows.index])
+        if grad is not None:
+            grad[ignored] = 0
         _sum_tiles(losses, tile_sums, logits.shape[1])
 
 
@@ -90,7 +77,7 @@ def _ignored(targets: NDArray[np.int64], n_classes: int) -> NDArray[np.bool_]:
     return (targets < 0) | (targets >= n_classes)
 
 
-def _blocks(logits: _Float, targets: NDArray[np.int64]) -> Iterator[_Rows]:
+def _blocks(logits: NDArray[Any], targets: NDArray[np.int64]) -> Iterator[_Rows]:
     n_rows, n_classes = logits.shape
     kept = np.flatnonzero(~_ignored(targets, n_classes))
     step = max(1, _BLOCK_ELEMENTS // n_classes)
@@ -133,20 +120,20 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
-def _rank(x: _Float, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rank(x: NDArray[Any], targets: NDArray[np.int64]) -> NDArray[np.int64]:
     target_logit = np.take_along_axis(x, targets[:, None], axis=1)
     ahead = np.count_nonzero(x > target_logit, axis=1)
     tied_before = (x == target_logit) & (np.arange(x.shape[1]) < targets[:, None])
     return np.asarray(ahead + np.count_nonzero(tied_before, axis=1), dtype=np.int64)
 
 
-def _sum_tiles(losses: _Float, tile_sums: NDArray[np.float64], n_classes: int) -> None:
+def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: int) -> None:
     step = tile_rows(n_classes)
     for tile, start in enumerate(range(0, len(losses), step)):
         tile_sums[tile] = _fsum(losses[start : start + step])
 
 
-def _fsum(values: _Float) -> float:
+def _fsum(values: NDArray[Any]) -> float:
     if np.isfinite(values).all():
         return math.fsum(values.tolist())
     return float(values.sum(dtype=np.float64))  # fsum refuses inf + -inf and may not see NaN

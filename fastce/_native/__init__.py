@@ -1,0 +1,1 @@
+"""The extension module: C kernels (rows.h) and their Cython driver (kernels.pyx)."""
