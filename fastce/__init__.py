@@ -1,10 +1,17 @@
 """The softmax cross-entropy of logits, and its gradient, on CPUs: fast and accurate."""
 
-from fastce.config import show_config
-from fastce.losses import cross_entropy, cross_entropy_with_grad
-from fastce.registry import BackendUnavailable, backends, use_backend
-from fastce.stats import row_stats
-from fastce.threads import set_num_threads
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastce.config import show_config
+    from fastce.losses import cross_entropy, cross_entropy_with_grad
+    from fastce.registry import BackendUnavailable, backends, use_backend
+    from fastce.scoring import score_files
+    from fastce.stats import row_stats
+    from fastce.threads import set_num_threads
 
 __version__ = "0.1.0"
 
@@ -14,7 +21,33 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_grad",
     "row_stats",
+    "score_files",
     "set_num_threads",
     "show_config",
     "use_backend",
 ]
+
+# Names load with their module when first used, so that `fastce --help` waits for no library.
+_HOMES = {
+    "BackendUnavailable": "fastce.registry",
+    "backends": "fastce.registry",
+    "cross_entropy": "fastce.losses",
+    "cross_entropy_with_grad": "fastce.losses",
+    "row_stats": "fastce.stats",
+    "score_files": "fastce.scoring",
+    "set_num_threads": "fastce.threads",
+    "show_config": "fastce.config",
+    "use_backend": "fastce.registry",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

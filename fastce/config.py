@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from typing import Any, Literal, overload
 
-from fastce import cpu, registry, threads
+from fastce import __version__, cpu, registry, threads
 
 
 @overload
@@ -52,6 +53,7 @@ def _config() -> dict[str, Any]:
             else f"unavailable: {info.reason}"
             for info in infos
         },
+        "extension": _extension(),
         "openmp": _openmp_runtimes(),
         "versions": _versions(),
     }
@@ -65,6 +67,19 @@ def _threads() -> dict[str, Any]:
         kernels = registry.load(registry.choose(None, "float32"))
         count = min(usable, kernels.max_threads())
     return {"count": count, "source": asked.source, "usable_cores": usable}
+
+
+def _extension() -> dict[str, str]:
+    """Return how the extension module was built, and what to install where it could be better."""
+    again = "then fastce again, from source: pip install --force-reinstall --no-binary fastce fastce"
+    try:
+        openmp = importlib.import_module("fastce._native.kernels").OPENMP
+    except ImportError as error:
+        return {"built": f"no ({error})", "remedy": f"install a C compiler, {again}"}
+    if not openmp:
+        compilers = "a C compiler with OpenMP (gcc; clang with libomp)"
+        return {"built": "yes, for one thread", "remedy": f"install {compilers}, {again}"}
+    return {"built": "yes, with OpenMP"}
 
 
 def _openmp_runtimes() -> dict[str, str]:
@@ -81,8 +96,8 @@ def _openmp_runtimes() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("fastce", "numpy", "numba", "cython"):
+    found = {"fastce": __version__}
+    for package in ("numpy", "numba", "cython"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

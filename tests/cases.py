@@ -1,0 +1,97 @@
+"""Rows of logits that are hard for a reason, and the targets asked of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+from numpy.typing import NDArray
+
+# Around the lanes (4, 8, 16), the strips of four vectors (32, 64), the switch from rows to classes as
+# lanes (32), and the blocks of a long row (512, 1024).
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 511, 513, 1023, 1025, 2050)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one width in one dtype."""
+
+    name: str
+    logits: NDArray
+    targets: NDArray[np.int64]
+
+    @functools.cached_property
+    def exact(self) -> tuple[oracle.Pair, oracle.Pair]:
+        """The exact losses and gradients."""
+        rows = [
+            oracle.loss_and_gradient(x, int(t))
+            for x, t in zip(self.logits.tolist(), self.targets, strict=True)
+        ]
+        return (
+            oracle.as_pair([loss for loss, _ in rows]),
+            oracle.as_pair([g for _, grad in rows for g in grad]),
+        )
+
+
+def _targets(rng: np.random.Generator, logits: NDArray) -> NDArray[np.int64]:
+    """Ask for the largest logit in even rows (p next to 1 where it leads), any in odd ones."""
+    targets = rng.integers(0, logits.shape[1], len(logits))
+    targets[::2] = logits[::2].argmax(axis=1)
+    return targets
+
+
+def _lead(logits: NDArray, lead: float) -> NDArray:
+    """Raise one class of each row above the others by about ``lead``."""
+    raised = logits.copy()
+    raised[np.arange(len(logits)), np.arange(len(logits)) % logits.shape[1]] += lead
+    return raised
+
+
+def _families(rng: np.random.Generator, n: int, dtype: str) -> dict[str, NDArray]:
+    normal = rng.standard_normal((4, n))
+    far = 80.0 if dtype == "float32" else 700.0
+    ramp = np.linspace(0, 30, n)
+    late = normal.copy()
+    late[:, -1] = 60.0
+    return {
+        "ordinary": normal,
+        # p next to 1: where log(sum) and p - 1 lose every digit
+        "lead-10": _lead(normal * 0.5, 10.0),
+        "lead-17": _lead(normal * 0.1, 17.0),
+        "lead-40": _lead(normal, 40.0),
+        # a loss near the smallest normal number of float32; far below 1 ULP of 1 in float64
+        "lead-far": _lead(normal, far),
+        # x - m rounds: the carried remainder matters
+        "scale-20": normal * 20,
+        "scale-100": normal * 100,
+        "shifted-up": normal + 1e4,
+        "shifted-down": normal - 1e4,
+        "huge": normal * 1e30,
+        "subnormal": normal * 1e-40,
+        # all rounding errors of x - m have one sign
+        "equal-but-one": np.where(np.arange(n) == n // 2, 0.3, -10.37) * np.ones((4, 1)),
+        "all-equal": np.full((4, n), 3.7),
+        "two-maxima": np.where(np.arange(n) % max(1, n - 1) == 0, 5.0, normal),
+        # the running maximum moves often, or once, late, and far
+        "ascending": ramp + np.zeros((4, 1)),
+        "descending": -ramp + np.zeros((4, 1)),
+        "late-maximum": late,
+        "masked": np.where(rng.random((4, n)) < 0.7, -np.inf, normal),
+    }
+
+
+@functools.cache
+def accuracy_cases(dtype: str) -> tuple[Case, ...]:
+    """Return every family at the sizes where the kernels take another path."""
+    cases = []
+    for n in SIZES:
+        rng = np.random.default_rng([20261122, n])
+        for name, logits in _families(rng, n, dtype).items():
+            if n > 100 and name in ("lead-10", "shifted-down", "subnormal", "descending", "two-maxima"):
+                continue  # the same code as at 97 classes; mpmath is slow
+            x = logits.astype(dtype)
+            x[:, 0] = np.where(np.isneginf(x).all(axis=1), 0.0, x[:, 0])  # keep one class
+            cases.append(Case(f"{name}-{n}", x, _targets(rng, x)))
+    return tuple(cases)
