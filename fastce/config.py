@@ -62,7 +62,7 @@ def _config() -> dict[str, Any]:
 def _threads() -> dict[str, Any]:
     asked = threads.requested(None)
     usable = cpu.usable_cores()
-    count = asked.count
+    count = asked.number
     if count is None:
         kernels = registry.load(registry.choose(None, "float32"))
         count = min(usable, kernels.max_threads())

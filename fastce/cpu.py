@@ -57,8 +57,7 @@ def caches() -> dict[str, str]:
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
             level, kind, size = (
-                (index / name).read_text(encoding="ascii").strip()
-                for name in ("level", "type", "size")
+                (index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")
             )
         except OSError:
             continue

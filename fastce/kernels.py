@@ -45,7 +45,7 @@ _MAX_TILE_ROWS = 1024
 
 def tile_rows(n_classes: int) -> int:
     """Rows per tile; depends on the number of classes alone, so sums do too."""
-    return min(_MAX_TILE_ROWS, max(1, _TILE_ELEMENTS // n_classes))
+    return max(1, min(_MAX_TILE_ROWS, _TILE_ELEMENTS // max(1, n_classes)))
 
 
 class Kernels(Protocol):

@@ -21,7 +21,7 @@ from fastce.kernels import tile_rows
 _REDUCTIONS = ("none", "sum", "mean")
 
 # The dtypes accepted for logits and the dtype their kernels compute in.
-_COMPUTE = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+_COMPUTE: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
 # A call hands the kernels at most this many elements at a time, so that Ctrl-C is heard between
 # two slices: 10 ms of kernel time at 1 ns an element and 2 threads, against 10 us for the hand-over.
@@ -92,14 +92,12 @@ class Problem:
         direct = self.rows.direct and all(other.direct for other in others)
         elements = _SLICE_ELEMENTS if direct else _COPY_ELEMENTS
         tile = tile_rows(self.n_classes)
-        step = tile * max(1, elements // (tile * self.n_classes))
+        step = tile * max(1, elements // max(1, tile * self.n_classes))
         for start in range(0, self.n_rows, step):
             yield slice(start, min(start + step, self.n_rows))
 
 
-def check(
-    logits: ArrayLike, targets: ArrayLike, *, axis: int, ignore_index: int | None
-) -> Problem:
+def check(logits: ArrayLike, targets: ArrayLike, *, axis: int, ignore_index: int | None) -> Problem:
     """Check logits, targets and ignore_index, and return them as a `Problem`."""
     x = np.asarray(logits)
     compute = _COMPUTE.get(x.dtype.name)
@@ -119,7 +117,7 @@ def check(
     view = RowView(x, compute)
     if n_classes == 0 and view.n_rows > 0:
         raise ValueError(
-            f"logits: expected at least one class, got none along axis {axis} of shape {np.shape(logits)}"
+            f"logits: expected at least one class, got none along axis {axis}, shape {np.shape(logits)}"
         )
     flat = _check_targets(targets, batch_shape)
     kept_targets, n_kept = _check_range(flat, n_classes, ignore_index, batch_shape)
@@ -139,7 +137,7 @@ def check_losses_out(out: NDArray[Any] | None, problem: Problem, reduction: str)
         return
     if reduction != "none":
         raise ValueError(
-            f"out: takes the losses of the rows, so it needs reduction='none'; got reduction={reduction!r}"
+            f"out: takes the losses of the rows, which needs reduction='none'; got {reduction!r}"
         )
     _check_out(out, problem.batch_shape, problem)
 
@@ -150,9 +148,7 @@ def check_grad_out(out: NDArray[Any] | None, problem: Problem, shape: tuple[int,
         _check_out(out, shape, problem, may_be_logits=True)
 
 
-def check_scale(
-    grad_output: ArrayLike | None, problem: Problem, reduction: str
-) -> NDArray[np.float64]:
+def check_scale(grad_output: ArrayLike | None, problem: Problem, reduction: str) -> NDArray[np.float64]:
     """Return the upstream gradient of each row's loss, the mean's division included."""
     upstream = np.asarray(1.0 if grad_output is None else grad_output)
     if upstream.dtype.kind not in "fiu":
@@ -202,7 +198,7 @@ def _same_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True  # interlaced beyond quick proof: refuse, as for a real overlap
 

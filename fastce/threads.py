@@ -19,10 +19,10 @@ _serial_child = False
 _serial_child_told = False
 
 
-class NumThreads(NamedTuple):
+class Request(NamedTuple):
     """A number of threads, and who asked for it."""
 
-    count: int | None  # None: as many as the machine and the backend's runtime allow
+    number: int | None  # None: as many as the machine and the backend's runtime allow
     source: str
 
 
@@ -47,16 +47,16 @@ def set_num_threads(num_threads: int | None) -> None:
     _chosen = None if num_threads is None else _checked(num_threads, "num_threads")
 
 
-def requested(num_threads: int | None) -> NumThreads:
+def requested(num_threads: int | None) -> Request:
     """Resolve argument, then `set_num_threads`, then FASTCE_NUM_THREADS, then automatic."""
     if num_threads is not None:
-        return NumThreads(_checked(num_threads, "num_threads"), "num_threads=")
+        return Request(_checked(num_threads, "num_threads"), "num_threads=")
     if _chosen is not None:
-        return NumThreads(_chosen, "set_num_threads")
+        return Request(_chosen, "set_num_threads")
     text = os.environ.get("FASTCE_NUM_THREADS")
     if text:
-        return NumThreads(_checked(text, "FASTCE_NUM_THREADS"), "FASTCE_NUM_THREADS")
-    return NumThreads(None, "automatic")
+        return Request(_checked(text, "FASTCE_NUM_THREADS"), "FASTCE_NUM_THREADS")
+    return Request(None, "automatic")
 
 
 def resolve(num_threads: int | None, n_elements: int, runtime_max: int) -> int:
@@ -65,7 +65,7 @@ def resolve(num_threads: int | None, n_elements: int, runtime_max: int) -> int:
     The automatic choice is the cores this process may use, but no more than the backend's runtime is
     set to (``runtime_max``): that is how OMP_NUM_THREADS and threadpoolctl limit it.
     """
-    count = requested(num_threads).count
+    count = requested(num_threads).number
     if count == 1 or n_elements < _SERIAL_ELEMENTS:
         return 1
     if count is None:

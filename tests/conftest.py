@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from fastce import cpu, registry
@@ -37,11 +35,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test with the defaults of the machine."""
     monkeypatch.delenv("FASTCE_BACKEND", raising=False)
     monkeypatch.delenv("FASTCE_NUM_THREADS", raising=False)
-    yield
 
 
 @pytest.fixture
@@ -57,9 +54,7 @@ def record_ulp(request: pytest.FixtureRequest):
     return record
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     worst = config.stash[_worst]
     if not worst:
         return

@@ -45,8 +45,10 @@ def test_short_training_beats_unigrams_and_the_command_scores_the_same(tmp_path,
     command = shlex.split(re.search(r"fastce (score .*)", out)[1])
     assert main(command) == 0
     again, _ = capsys.readouterr()
-    figures = [line for line in again.splitlines() if "speed" not in line]
-    assert set(figures) <= set(out.splitlines())
+    shown = {tuple(line.split()) for line in out.splitlines()}  # columns are as wide as the speed
+    figures = [tuple(line.split()) for line in again.splitlines() if "±" in line or "accuracy" in line]
+    assert len(figures) == 3
+    assert set(figures) <= shown
 
 
 def test_without_a_folder_nothing_is_left(tmp_path, capsys, monkeypatch):

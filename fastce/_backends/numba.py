@@ -24,7 +24,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -55,10 +54,11 @@ _BIAS = {32: 127, 64: 1023}
 _SUM_SHIFT = {32: 64, 64: 512}
 _SUM_FLOOR = {32: -131.0, 64: -1060.0}
 _LOG1P = tuple(
-    map(
-        float.fromhex,
-        "0x1.2f0d58deeae08p-3 0x1.39a0fac5a8dd7p-3 0x1.746645ede9703p-3 0x1.c71c51e94c1b1p-3"
-        " 0x1.2492494215c0ap-2 0x1.999999997fb5ap-2 0x1.5555555555593p-1".split(),
+    float.fromhex(c)
+    for c in (
+        *("0x1.2f0d58deeae08p-3", "0x1.39a0fac5a8dd7p-3", "0x1.746645ede9703p-3"),
+        *("0x1.c71c51e94c1b1p-3", "0x1.2492494215c0ap-2", "0x1.999999997fb5ap-2"),
+        "0x1.5555555555593p-1",
     )
 )
 _LOG_2_HI, _LOG_2_LO = float.fromhex(_LN2_HI[64]), float.fromhex(_LN2_LO[64])
@@ -69,14 +69,12 @@ _LOG_2_HI, _LOG_2_LO = float.fromhex(_LN2_HI[64]), float.fromhex(_LN2_LO[64])
 
 def _call(builder: Any, name: str, *args: Any, fastmath: tuple[str, ...] = ()) -> Any:
     real = args[0].type
-    function = builder.module.declare_intrinsic(
-        name, [real], ir.FunctionType(real, [real] * len(args))
-    )
+    function = builder.module.declare_intrinsic(name, [real], ir.FunctionType(real, [real] * len(args)))
     return builder.call(function, args, fastmath=fastmath)
 
 
 def _emit_exp(builder: Any, bits: int, x: Any, m: Any, hi: Any, lo: Any, floor: Any, k: Any) -> Any:
-    """(hi + lo) * 2^k * exp(x - m), or 0 where x - m < floor. A NaN stays a NaN."""
+    """Emit (hi + lo) * 2^k * exp(x - m), or 0 where x - m < floor; a NaN stays a NaN."""
     real, integer = x.type, ir.IntType(bits)
 
     def fma(a: Any, b: Any, c: Any) -> Any:  # fused where the machine can; correct either way
@@ -121,22 +119,20 @@ def _emit_term(typingctx: Any, x: Any, ref: Any) -> Any:
 
 
 @intrinsic
-def _emit_prob(
-    typingctx: Any, x: Any, m: Any, hi: Any, lo: Any, floor: Any, k: Any
-) -> Any:
+def _emit_prob(typingctx: Any, x: Any, m: Any, hi: Any, lo: Any, floor: Any, k: Any) -> Any:
     """(hi + lo) * 2^k * exp(x - m); k is an int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = signature.return_type.bitwidth
-        k = args[5] if bits == 32 else builder.sext(args[5], ir.IntType(64))
-        return _emit_exp(builder, bits, *args[:5], k)
+        *reals, k = args
+        return _emit_exp(builder, bits, *reals, k if bits == 32 else builder.sext(k, ir.IntType(64)))
 
     return x(x, x, x, x, x, types.int32), codegen
 
 
 @intrinsic
 def _larger(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of two numbers; passes over a NaN."""
+    """Return the larger of two numbers, passing over a NaN."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(builder, "llvm.maxnum", *args)
@@ -203,6 +199,16 @@ def _log1p(s):
 
 
 @njit(**_INLINE)
+def _sum_unit(x):
+    return 2.0**-64 if x.itemsize == 4 else 2.0**-512  # as _SUM_SHIFT
+
+
+@njit(**_INLINE)
+def _min_exponent(x):
+    return -126 if x.itemsize == 4 else -1022
+
+
+@njit(**_INLINE)
 def _term(x, ref):
     return _emit_term(x, ref)
 
@@ -216,7 +222,7 @@ def _prob(x, m, hi, lo, floor, k):
 def _scale_sum(total, carry, a, b):
     """Return (total, carry) times exp(a - b)."""
     d, r = _two_sum(np.float64(a), -np.float64(b))
-    if not r == r:  # d is infinite
+    if r != r:  # d is infinite
         r = 0.0
     if d < -700.0:
         half = math.exp(0.5 * d)
@@ -226,9 +232,9 @@ def _scale_sum(total, carry, a, b):
 
 
 @njit(**_INLINE)
-def _finish_row(m, target_logit, total, ties, unit):
-    """Return gap, gap_error and rest of a row whose sum is ``total * unit``."""
-    rest = total * unit + (ties - 1)
+def _finish_row(m, target_logit, total, ties):
+    """Return gap, gap_error and rest of a row from its maximum and sum."""
+    rest = total + (ties - 1)
     gap, error = _two_sum(np.float64(m), -np.float64(target_logit))
     if not (-np.inf < m < np.inf and rest == rest):
         return np.nan, 0.0, 0.0
@@ -237,7 +243,7 @@ def _finish_row(m, target_logit, total, ties, unit):
 
 @njit(**_INLINE)
 def _split(unit, min_exponent):
-    """Return hi, lo, floor and k, which turn `_prob` into unit * exp(x - m)."""
+    """Return mantissa, floor and k, which turn `_prob` into unit * exp(x - m)."""
     b = _bits(unit)
     exponent = np.int64((b >> np.uint64(52)) & np.uint64(0x7FF))
     mantissa = _from_bits((b & np.uint64(0x800FFFFFFFFFFFFF)) | np.uint64(0x3FE0000000000000))
@@ -313,8 +319,9 @@ def _sum_terms(x, ref, m, holds_max, scratch):
 
 
 @njit(**_STRICT)
-def _read_row(x, unit, scratch):
-    """Return maximum, sum relative to it in units, and the number of classes that attain it."""
+def _read_row(x, scratch):
+    """Return the maximum, the sum of exp(x - maximum) below it, and how many classes attain it."""
+    unit = _sum_unit(x)
     m = x.dtype.type(-np.inf)
     ref = x.dtype.type(0)
     total, carry, ties = 0.0, 0.0, 0
@@ -342,12 +349,14 @@ def _read_row(x, unit, scratch):
         ties += block_ties
     if ref != m:
         total, carry = _scale_sum(total, carry, ref, m)
-    return m, total + carry, ties
+    return m, (total + carry) * unit, ties
 
 
 @njit(**_STRICT)
-def _write_probs(x, m, unit, scratch, grad, min_exponent):
-    if not abs(unit) < 2.0 ** -min_exponent:  # a result may overflow: rare, and plain
+def _write_probs(x, m, unit, scratch, grad):
+    """Write grad = unit * exp(x - m)."""
+    min_exponent = _min_exponent(x)
+    if not abs(unit) < 2.0**-min_exponent:  # a result may overflow: rare, and plain
         for j in range(len(x)):
             grad[j] = math.exp(np.float64(x[j]) - np.float64(m)) * unit
         return
@@ -413,13 +422,15 @@ def _write_band(band, m, hi, lo, floor, k):
 
 
 @njit(**_STRICT)
-def _narrow_rows(x, x_first, x_step, targets, n, parts, scale, scale_step, grad, g_first, g_step, unit,
-                 min_exponent):
-    real = x.dtype.type
-    n_rows = len(targets)
+def _narrow_rows(logits, targets, n, parts, scale, grad):
+    """Fill the parts of a tile's rows and, but for its targets, their gradient."""
+    x, x_first, x_step = logits
+    s, s_step = scale
+    g, g_first, g_step = grad
     gap, gap_error, rest = parts
-    for start in range(0, n_rows, _BAND):
-        size = min(_BAND, n_rows - start)
+    real, unit, min_exponent = x.dtype.type, _sum_unit(x), _min_exponent(x)
+    for start in range(0, len(targets), _BAND):
+        size = min(_BAND, len(targets) - start)
         band = np.empty((n, size), x.dtype)
         m, ref = np.empty(size, x.dtype), np.empty(size, x.dtype)
         totals, carries, ties = np.empty(size), np.empty(size), np.empty(size, np.int64)
@@ -429,51 +440,56 @@ def _narrow_rows(x, x_first, x_step, targets, n, parts, scale, scale_step, grad,
                 band[c, i] = x[at + c]
         _read_band(band, m, ref, totals, carries, ties)
         for i in range(size):
-            t = targets[start + i]
-            target_logit = x[x_first + (start + i) * x_step + (t if 0 <= t < n else 0)]
-            gap[start + i], gap_error[start + i], rest[start + i] = _finish_row(
-                m[i], target_logit, totals[i] + carries[i], ties[i], unit
+            row = start + i
+            t = targets[row]
+            target_logit = x[x_first + row * x_step + (t if 0 <= t < n else 0)]
+            gap[row], gap_error[row], rest[row] = _finish_row(
+                m[i], target_logit, (totals[i] + carries[i]) * unit, ties[i]
             )
-        if len(grad) == 0:
+        if len(g) == 0:
             continue
         hi, lo, floor = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(size, x.dtype)
         k = np.empty(size, np.int32)
         for i in range(size):
-            mantissa, floor64, k[i] = _split(
-                scale[(start + i) * scale_step] / (1.0 + rest[start + i]), min_exponent
-            )
-            hi[i] = mantissa
-            lo[i] = mantissa - np.float64(hi[i])
-            floor[i] = floor64
+            p = s[(start + i) * s_step] / (1.0 + rest[start + i])
+            hi64, floor64, k[i] = _split(p, min_exponent)
+            hi[i], floor[i] = hi64, floor64
+            lo[i] = hi64 - np.float64(hi[i])
         _write_band(band, m, hi, lo, floor, k)
         for i in range(size):
             row = start + i
             at, out = x_first + row * x_step, g_first + row * g_step
-            p = scale[row * scale_step] / (1.0 + rest[row])
-            if abs(p) < 2.0 ** -min_exponent:
+            p = s[row * s_step] / (1.0 + rest[row])
+            if abs(p) < 2.0**-min_exponent:
                 for c in range(n):
-                    grad[out + c] = band[c, i]
-            else:
-                for c in range(n):  # a result may overflow: rare, and plain
-                    grad[out + c] = real(math.exp(np.float64(x[at + c]) - np.float64(m[i])) * p)
+                    g[out + c] = band[c, i]
+            else:  # a result may overflow: rare, and plain
+                for c in range(n):
+                    g[out + c] = real(math.exp(np.float64(x[at + c]) - np.float64(m[i])) * p)
+
+
+# ---- Tiles ----
 
 
 @njit(**_STRICT)
-def _tile(start, rows, x, x_first, x_step, targets, n, losses, ranks, scale, scale_step, grad, g_first,
-          g_step, unit, min_exponent):
-    """Compute the tile of rows from ``start`` on and return the sum of its losses."""
+def _tile(start, size, logits, targets, n, losses, ranks, scale, grad):
+    """Compute the tile of rows from ``start`` on, and return the sum of its losses.
+
+    Rows are (flat array, offset of the first, step between two); ranks and the gradient's array
+    are empty where they are not wanted.
+    """
     _want_512()
-    x_first, g_first = x_first + start * x_step, g_first + start * g_step
-    targets, losses = targets[start : start + rows], losses[start : start + rows]
-    ranks, scale = ranks[start : start + rows], scale[start * scale_step :]
-    n_rows = len(targets)
-    parts = (np.empty(n_rows), np.empty(n_rows), np.empty(n_rows))
-    gap, gap_error, rest = parts
+    x, x_first, x_step = logits[0], logits[1] + start * logits[2], logits[2]
+    g, g_first, g_step = grad[0], grad[1] + start * grad[2], grad[2]
+    s, s_step = scale[0][start * scale[1] :], scale[1]
+    targets, losses = targets[start : start + size], losses[start : start + size]
+    ranks = ranks[start : start + size]
+    gap, gap_error, rest = np.empty(len(targets)), np.empty(len(targets)), np.empty(len(targets))
     scratch, sums = np.empty(_BLOCK, x.dtype), np.empty((2, _BLOCK // 4))
     if n <= _NARROW:
-        _narrow_rows(x, x_first, x_step, targets, n, parts, scale, scale_step, grad, g_first, g_step,
-                     unit, min_exponent)
-    for i in range(n_rows):
+        parts = (gap, gap_error, rest)
+        _narrow_rows((x, x_first, x_step), targets, n, parts, (s, s_step), (g, g_first, g_step))
+    for i in range(len(targets)):
         t = targets[i]
         kept = 0 <= t < n
         at, out = x_first + i * x_step, g_first + i * g_step
@@ -482,35 +498,34 @@ def _tile(start, rows, x, x_first, x_step, targets, n, losses, ranks, scale, sca
             gap[i], gap_error[i], rest[i] = 0.0, 0.0, 0.0
         elif n > _NARROW:
             target_logit = row[t]
-            m, total, ties = _read_row(row, unit, sums)
-            gap[i], gap_error[i], rest[i] = _finish_row(m, target_logit, total, ties, unit)
-            if len(grad):
-                _write_probs(row, m, scale[i * scale_step] / (1.0 + rest[i]), scratch,
-                             grad[out : out + n], min_exponent)
+            m, total, ties = _read_row(row, sums)
+            gap[i], gap_error[i], rest[i] = _finish_row(m, target_logit, total, ties)
+            if len(g):
+                _write_probs(row, m, s[i * s_step] / (1.0 + rest[i]), scratch, g[out : out + n])
+        finite = gap[i] == gap[i]
         if len(ranks):
-            ranks[i] = _rank(row, t) if kept and gap[i] == gap[i] else -1
-        if len(grad):
-            if not kept:
-                grad[out : out + n] = 0
-            elif gap[i] == gap[i]:
-                grad[out + t] = _target_grad(gap[i], gap_error[i], rest[i], scale[i * scale_step])
-            else:
-                grad[out : out + n] = np.nan
-    for i in range(n_rows):
+            ranks[i] = _rank(row, t) if kept and finite else -1
+        if len(g) == 0:
+            continue
+        if not kept:
+            g[out : out + n] = 0
+        elif finite:
+            g[out + t] = _target_grad(gap[i], gap_error[i], rest[i], s[i * s_step])
+        else:
+            g[out : out + n] = np.nan
+    for i in range(len(losses)):
         losses[i] = gap[i] + (gap_error[i] + _log1p(rest[i]))
     total, carry = 0.0, 0.0
-    for i in range(n_rows):
+    for i in range(len(losses)):
         total, error = _two_sum(total, np.float64(losses[i]))
         carry += error
     return total + carry if total < np.inf else total
 
 
 @njit(parallel=True, **_STRICT)
-def _tiles_in_parallel(tile_sums, rows, x, x_first, x_step, targets, n, losses, ranks, scale, scale_step,
-                       grad, g_first, g_step, unit, min_exponent):
+def _tiles_in_parallel(tile_sums, size, logits, targets, n, losses, ranks, scale, grad):
     for tile in prange(len(tile_sums)):
-        tile_sums[tile] = _tile(tile * rows, rows, x, x_first, x_step, targets, n, losses, ranks, scale,
-                                scale_step, grad, g_first, g_step, unit, min_exponent)
+        tile_sums[tile] = _tile(tile * size, size, logits, targets, n, losses, ranks, scale, grad)
 
 
 # ---- The backend ----
@@ -544,28 +559,25 @@ class NumbaKernels:
         if len(targets) == 0:
             return
         n_classes = logits.shape[1]
+        size = tile_rows(n_classes)
         if scale is None or grad is None:
             scale, grad = np.empty(1), np.empty((0, n_classes), logits.dtype)
-        scale_step = scale.strides[0] // scale.itemsize if len(scale) > 1 else 0
-        info = np.finfo(logits.dtype)
-        rows = tile_rows(n_classes)
+        s, _, s_step = _flat(scale[:, None], writeable=False)
         args = (
-            *_flat(logits, writeable=False),
+            size,
+            _flat(logits, writeable=False),
             _flat(targets[:, None], writeable=False)[0],
             n_classes,
             losses,
             np.empty(0, np.int64) if ranks is None else ranks,
-            _flat(scale[:, None], writeable=False)[0],
-            scale_step,
-            *_flat(grad, writeable=True),
-            2.0 ** -_SUM_SHIFT[info.bits],
-            info.minexp,
+            (s, s_step),
+            _flat(grad, writeable=True),
         )
         if num_threads > 1:
-            _run_parallel((tile_sums, rows, *args), num_threads)
+            _run_parallel((tile_sums, *args), num_threads)
             return
         for tile in range(len(tile_sums)):
-            tile_sums[tile] = _tile(tile * rows, rows, *args)
+            tile_sums[tile] = _tile(tile * size, *args)
 
 
 def _flat(rows: NDArray[Any], writeable: bool) -> tuple[NDArray[Any], int, int]:
@@ -574,9 +586,7 @@ def _flat(rows: NDArray[Any], writeable: bool) -> tuple[NDArray[Any], int, int]:
     step = rows.strides[0] // rows.itemsize if n_rows > 1 else n_classes
     lowest = rows[-1:] if step < 0 else rows
     span = abs(step) * (n_rows - 1) + n_classes if n_rows else 0
-    flat = np.lib.stride_tricks.as_strided(
-        lowest, (span,), (rows.itemsize,), writeable=writeable
-    )
+    flat = np.lib.stride_tricks.as_strided(lowest, (span,), (rows.itemsize,), writeable=writeable)
     return flat, -step * (n_rows - 1) if step < 0 else 0, step
 
 

@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = 65_536
 class _Rows(NamedTuple):
     """A block of kept rows, all float64."""
 
-    index: NDArray[np.intp]  # (n,) where the rows stand in the caller's arrays
+    at: NDArray[np.intp]  # (n,) where the rows stand in the caller's arrays
     targets: NDArray[np.int64]  # (n,)
     exps: NDArray[np.float64]  # (n, n_classes) exp(x - m), 0 at one maximum
     top: NDArray[np.intp]  # (n,) the class of that maximum
@@ -62,12 +62,12 @@ class NumpyKernels:
         if ranks is not None:
             ranks[ignored] = -1
         for rows in _blocks(logits, targets):
-            losses[rows.index] = _loss(rows)
+            losses[rows.at] = _loss(rows)
             if ranks is not None:
-                rank = _rank(logits[rows.index], rows.targets)
-                ranks[rows.index] = np.where(np.isnan(rows.rest), -1, rank)
+                rank = _rank(logits[rows.at], rows.targets)
+                ranks[rows.at] = np.where(np.isnan(rows.rest), -1, rank)
             if grad is not None and scale is not None:
-                grad[rows.index] = _gradient(rows, scale[rows.index])
+                grad[rows.at] = _gradient(rows, scale[rows.at])
         if grad is not None:
             grad[ignored] = 0
         _sum_tiles(losses, tile_sums, logits.shape[1])
@@ -78,7 +78,7 @@ def _ignored(targets: NDArray[np.int64], n_classes: int) -> NDArray[np.bool_]:
 
 
 def _blocks(logits: NDArray[Any], targets: NDArray[np.int64]) -> Iterator[_Rows]:
-    n_rows, n_classes = logits.shape
+    n_classes = logits.shape[1]
     kept = np.flatnonzero(~_ignored(targets, n_classes))
     step = max(1, _BLOCK_ELEMENTS // n_classes)
     for start in range(0, len(kept), step):
@@ -86,9 +86,7 @@ def _blocks(logits: NDArray[Any], targets: NDArray[np.int64]) -> Iterator[_Rows]
         yield _exponentials(index, logits[index].astype(np.float64), targets[index])
 
 
-def _exponentials(
-    index: NDArray[np.intp], x: NDArray[np.float64], targets: NDArray[np.int64]
-) -> _Rows:
+def _exponentials(index: NDArray[np.intp], x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
     m = x[n, top]
@@ -108,7 +106,7 @@ def _loss(rows: _Rows) -> NDArray[np.float64]:
 
 
 def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    n = np.arange(len(rows.index))
+    n = np.arange(len(rows.at))
     total = 1.0 + rows.rest
     # The others' sum never cancels: where the target is not the maximum, the maximum's 1 stays.
     others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets])
