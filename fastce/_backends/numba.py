@@ -263,6 +263,7 @@ def _target_grad(gap, gap_error, rest, scale):
 
 @njit(**_ADDS)
 def _max(x):
+    _want_512()
     top = x.dtype.type(-np.inf)
     for j in range(len(x)):
         top = _larger(top, x[j])
@@ -270,17 +271,28 @@ def _max(x):
 
 
 @njit(**_ADDS)
+def _count(x, value):
+    _want_512()
+    one, n = x.dtype.type(1), x.dtype.type(0)  # an integer would halve or quarter the vectors
+    for j in range(len(x)):
+        n += one if x[j] == value else x.dtype.type(0)
+    return int(n)
+
+
+@njit(**_ADDS)
 def _plain_sum(x):
+    _want_512()
     total = 0.0
     for j in range(len(x)):
-        total += x[j]
+        total += np.float64(x[j])
     return total
 
 
 @njit(**_INLINE)
 def _compensated_sum(x, errors):
     """Fold x onto itself by halves, keeping what each addition rounds away; x is overwritten."""
-    errors[:] = 0.0
+    _want_512()
+    errors[:] = 0
     n = len(x)
     while n > 1:
         half = (n + 1) // 2
@@ -290,17 +302,17 @@ def _compensated_sum(x, errors):
             low[j], error = _two_sum(low[j], high[j])
             low_errors[j] += high_errors[j] + error
         n = half
-    return x[0] + errors[0] if n else 0.0
+    return np.float64(x[0] + errors[0]) if n else 0.0
 
 
 @njit(**_INLINE)
 def _sum_terms(x, ref, m, holds_max, scratch):
-    """Sum the terms below m, and count those equal to it; a NaN joins the sum."""
+    """Sum the terms below m; a NaN joins the sum."""
+    _want_512()
     q = len(x) // 4
     a, b, c, d, left = x[:q], x[q : 2 * q], x[2 * q : 3 * q], x[3 * q : 4 * q], x[4 * q :]
     sums, errors = scratch[0, :q], scratch[1, :q]
     zero = x.dtype.type(0)
-    ties = 0
     for j in range(q):
         ea, eb, ec, ed = _term(a[j], ref), _term(b[j], ref), _term(c[j], ref), _term(d[j], ref)
         if holds_max:
@@ -308,19 +320,18 @@ def _sum_terms(x, ref, m, holds_max, scratch):
             eb = zero if b[j] >= m else eb
             ec = zero if c[j] >= m else ec
             ed = zero if d[j] >= m else ed
-            ties += (a[j] == m) + (b[j] == m) + (c[j] == m) + (d[j] == m)
-        sums[j] = np.float64((ea + eb) + (ec + ed))
+        sums[j] = (ea + eb) + (ec + ed)
     # float32 terms have 29 bits to spare in float64
     total = _plain_sum(sums) if x.itemsize == 4 else _compensated_sum(sums, errors)
     for j in range(len(left)):
         total += np.float64(zero if left[j] >= m else _term(left[j], ref))
-        ties += left[j] == m
-    return total, ties
+    return total
 
 
 @njit(**_STRICT)
 def _read_row(x, scratch):
     """Return the maximum, the sum of exp(x - maximum) below it, and how many classes attain it."""
+    _want_512()
     unit = _sum_unit(x)
     m = x.dtype.type(-np.inf)
     ref = x.dtype.type(0)
@@ -341,12 +352,12 @@ def _read_row(x, scratch):
                 ref = top
             m, ties = top, 0
         if top < m:
-            block_sum, block_ties = _sum_terms(block, ref, m, False, scratch)
+            block_sum = _sum_terms(block, ref, m, False, scratch)
         else:
-            block_sum, block_ties = _sum_terms(block, ref, m, True, scratch)
+            block_sum = _sum_terms(block, ref, m, True, scratch)
+            ties += _count(block, m)
         total, error = _two_sum(total, block_sum)
         carry += error
-        ties += block_ties
     if ref != m:
         total, carry = _scale_sum(total, carry, ref, m)
     return m, (total + carry) * unit, ties
@@ -355,6 +366,7 @@ def _read_row(x, scratch):
 @njit(**_STRICT)
 def _write_probs(x, m, unit, scratch, grad):
     """Write grad = unit * exp(x - m)."""
+    _want_512()
     min_exponent = _min_exponent(x)
     if not abs(unit) < 2.0**-min_exponent:  # a result may overflow: rare, and plain
         for j in range(len(x)):
@@ -375,6 +387,7 @@ def _write_probs(x, m, unit, scratch, grad):
 
 @njit(**_STRICT)
 def _rank(x, target):
+    _want_512()
     pivot = x[target]
     before, after = x[:target], x[target + 1 :]
     rank = 0
@@ -391,6 +404,7 @@ def _rank(x, target):
 @njit(**_STRICT)
 def _read_band(band, m, ref, totals, carries, ties):
     """Reduce a band (n_classes, n_rows) along its classes."""
+    _want_512()
     for row in range(band.shape[1]):
         m[row] = -np.inf
         totals[row] = 0.0
@@ -415,6 +429,7 @@ def _read_band(band, m, ref, totals, carries, ties):
 
 @njit(**_STRICT)
 def _write_band(band, m, hi, lo, floor, k):
+    _want_512()
     for c in range(band.shape[0]):
         x = band[c]
         for row in range(len(x)):
@@ -485,7 +500,7 @@ def _tile(start, size, logits, targets, n, losses, ranks, scale, grad):
     targets, losses = targets[start : start + size], losses[start : start + size]
     ranks = ranks[start : start + size]
     gap, gap_error, rest = np.empty(len(targets)), np.empty(len(targets)), np.empty(len(targets))
-    scratch, sums = np.empty(_BLOCK, x.dtype), np.empty((2, _BLOCK // 4))
+    scratch, sums = np.empty(_BLOCK, x.dtype), np.empty((2, _BLOCK // 4), x.dtype)
     if n <= _NARROW:
         parts = (gap, gap_error, rest)
         _narrow_rows((x, x_first, x_step), targets, n, parts, (s, s_step), (g, g_first, g_step))
