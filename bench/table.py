@@ -38,7 +38,7 @@ def _about(report: dict[str, Any]) -> str:
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     scale = report["rows_scale"]
     lines = [
-        f"Nanoseconds per logit, median of the calls in {report['rounds']} rounds, "
+        f"Nanoseconds per logit, median of the calls in {report['rounds']} round(s), "
         f"{report['n_threads']} threads; bold: the fastest.",
         f"{machine['model']} ({', '.join(machine['instruction_sets'])}; {caches}), "
         f"{report['date'][:10]}.",

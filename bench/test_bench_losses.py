@@ -11,6 +11,7 @@ import functools
 import contenders
 import measure
 import pytest
+from conftest import RESULTS
 from pytest_benchmark.fixture import BenchmarkFixture
 from workloads import TASKS, WORKLOADS
 
@@ -24,7 +25,7 @@ _prepare = functools.lru_cache(maxsize=1)(measure.prepare)
 @pytest.mark.parametrize("name", contenders.CONTENDERS)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-def test_losses(benchmark: BenchmarkFixture, workload, task, name):
+def test_losses(benchmark: BenchmarkFixture, request, workload, task, name):
     try:
         contender = _load(name)
     except contenders.AbsentError as absent:
@@ -37,6 +38,6 @@ def test_losses(benchmark: BenchmarkFixture, workload, task, name):
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
     benchmark.extra_info.update(found, n_threads=n_threads)
     if benchmark.enabled:
-        benchmark.extra_info["gb_per_s"] = (
-            workload.model_bytes(task) / benchmark.stats.stats.median / 1e9
-        )
+        seconds = benchmark.stats.stats.median
+        rate = benchmark.extra_info["gb_per_s"] = workload.model_bytes(task) / seconds / 1e9
+        request.config.stash[RESULTS].append((benchmark.group, name, seconds, rate, found))

@@ -95,7 +95,8 @@ def _choose(name: str | None, dtype: str) -> Backend:
     named = [b for b in BACKENDS if name is None or name in (b.name, b.name.partition("-")[0])]
     if not named:
         names = ", ".join(["auto", "cython", *(b.name for b in BACKENDS)])
-        raise ValueError(f"backend: expected one of {names}; got {name!r}")
+        source = " from FASTCE_BACKEND" if name == os.environ.get("FASTCE_BACKEND") else ""
+        raise ValueError(f"backend: expected one of {names}; got {name!r}{source}")
     reasons = {}
     for backend in named:
         reason = why_unavailable(backend)

@@ -94,6 +94,12 @@ def test_a_name_in_the_environment_is_refused_not_replaced(only_numpy, monkeypat
     assert not any(info.chosen for info in fastce.backends())
 
 
+def test_an_unknown_name_in_the_environment_says_where_it_stands(monkeypatch):
+    monkeypatch.setenv("FASTCE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="got 'cuda' from FASTCE_BACKEND"):
+        fastce.cross_entropy(X, Y)
+
+
 def test_missing_instruction_sets_are_named(monkeypatch):
     monkeypatch.setattr(cpu, "_features", lambda: {"AVX2": True, "FMA3": True, "F16C": True})
     reason = registry.why_unavailable(registry.BACKENDS[0])
