@@ -71,11 +71,11 @@ def _threads() -> dict[str, Any]:
 
 def _extension() -> dict[str, str]:
     """Return how the extension module was built, and what to install where it could be better."""
-    again = "then fastce again, from source: pip install --force-reinstall --no-binary fastce fastce"
+    again = "then install fastce again, from its source"
     try:
         openmp = importlib.import_module("fastce._native.kernels").OPENMP
     except ImportError as error:
-        return {"built": f"no ({error})", "remedy": f"install a C compiler, {again}"}
+        return {"built": f"no: {error}", "remedy": f"install a C compiler, {again}"}
     if not openmp:
         compilers = "a C compiler with OpenMP (gcc; clang with libomp)"
         return {"built": "yes, for one thread", "remedy": f"install {compilers}, {again}"}
@@ -97,7 +97,7 @@ def _openmp_runtimes() -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     found = {"fastce": __version__}
-    for package in ("numpy", "numba", "cython"):
+    for package in ("numpy", "numba"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -97,15 +97,15 @@ def _choose(name: str | None, dtype: str) -> Backend:
         names = ", ".join(["auto", "cython", *(b.name for b in BACKENDS)])
         source = " from FASTCE_BACKEND" if name == os.environ.get("FASTCE_BACKEND") else ""
         raise ValueError(f"backend: expected one of {names}; got {name!r}{source}")
-    reasons = {}
+    reasons: dict[str, list[str]] = {}
     for backend in named:
         reason = why_unavailable(backend)
         if reason is None and dtype not in backend.dtypes:
             reason = f"it has no kernels for {dtype}"
         if reason is None:
             return backend
-        reasons[backend.name] = reason
-    why = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+        reasons.setdefault(reason, []).append(backend.name)
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     usable = ", ".join(b.name for b in BACKENDS if why_unavailable(b) is None)
     raise BackendUnavailable(f"backend {name!r} cannot run here ({why}); available: {usable}")
 

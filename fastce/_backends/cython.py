@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 from fastce.kernels import Kernels, tile_rows
 
 try:
-    from fastce._native import kernels
-except ImportError as error:
-    raise ImportError(
-        f"the extension module was not built ({error}); install a C compiler, then fastce again"
-    ) from error
+    import fastce._native.kernels as kernels
+except ModuleNotFoundError as error:
+    raise ImportError("not built; install a C compiler, then install fastce again") from error
 
 
 def load(isa: str | None) -> Kernels:

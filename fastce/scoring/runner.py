@@ -118,6 +118,7 @@ def score_files(
     folder = None if out is None else _output_folder(Path(out), shards)
     chosen = registry.choose(backend, shards[0].loss_dtype.name)
     options = _Options(ignore_index, num_threads, chosen.name)
+    registry.load(chosen)  # now, so that importing it does not count as scoring
     tally = Tally(top_k)
     started = time.perf_counter()
     _score_shards(shards, tally, options, block_mib * _MIB, folder, progress)
