@@ -133,9 +133,13 @@ def cross_entropy(
     problem = check(logits, targets, axis=axis, ignore_index=ignore_index)
     check_reduction(reduction)
     check_losses_out(out, problem, reduction)
-    losses = _empty_or(out, problem.batch_shape, problem) if reduction == "none" else None
+    losses = np.empty(problem.n_rows, problem.dtype) if reduction == "none" else None
     total = run(problem, losses=losses, num_threads=num_threads, backend=backend)
-    return _reduce(total, losses, problem, reduction)
+    reduced = _reduce(total, losses, problem, reduction)
+    if out is None:
+        return reduced
+    out[...] = reduced
+    return out
 
 
 def cross_entropy_with_grad(
@@ -195,8 +199,8 @@ def cross_entropy_with_grad(
     shape = np.shape(logits)
     check_grad_out(out, problem, shape)
     scale = check_scale(grad_output, problem, reduction)
-    losses = _empty_or(None, problem.batch_shape, problem) if reduction == "none" else None
-    grad = _empty_or(out, shape, problem)
+    losses = np.empty(problem.n_rows, problem.dtype) if reduction == "none" else None
+    grad = np.empty(shape, problem.dtype) if out is None else out
     total = run(
         problem,
         losses=losses,
@@ -220,8 +224,8 @@ def run(
 ) -> float:
     """Run the kernels over a problem's slices, filling what is asked for; return the sum of losses.
 
-    ``losses`` and ``ranks`` have the batch's shape; ``grad``, which needs ``scale``, has the class
-    axis last.
+    ``losses`` and ``ranks`` are flat and contiguous, (n_rows,), in the kernels' dtypes; ``grad``, which
+    needs ``scale``, has the class axis last and any layout.
     """
     kernels = registry.load(registry.choose(backend, problem.dtype.name))
     count = threads.resolve(num_threads, problem.n_rows * problem.n_classes, kernels.max_threads())
@@ -229,29 +233,21 @@ def run(
     tile = tile_rows(problem.n_classes)
     sums: list[float] = []
     for rows in problem.slices(*([] if grad_rows is None else [grad_rows])):
-        x, y = problem.rows.read(rows), problem.targets[rows]
-        row_losses = np.empty(len(y), problem.dtype)
-        row_ranks = None if ranks is None else np.empty(len(y), np.int64)
-        tile_sums = np.empty(-(-len(y) // tile))
-        block = None
-        if grad_rows is not None:
-            block = grad_rows.read(rows) if grad_rows.direct else np.empty(x.shape, problem.dtype)
+        n_rows = rows.stop - rows.start
+        tile_sums = np.empty(-(-n_rows // tile))
+        block = None if grad_rows is None else grad_rows.buffer(rows)
         kernels.rows(
-            x,
-            y,
-            row_losses,
+            problem.rows.read(rows),
+            problem.targets[rows],
+            np.empty(n_rows, problem.dtype) if losses is None else losses[rows],
             tile_sums,
-            ranks=row_ranks,
+            ranks=None if ranks is None else ranks[rows],
             scale=None if scale is None else scale[rows],
             grad=block,
             num_threads=count,
         )
-        if grad_rows is not None and block is not None and not grad_rows.direct:
+        if grad_rows is not None and block is not None:
             grad_rows.write(rows, block)
-        if ranks is not None:
-            ranks.reshape(-1)[rows] = row_ranks
-        if losses is not None:
-            RowView(losses[..., None], problem.dtype).write(rows, row_losses[:, None])
         sums.extend(tile_sums.tolist())
     return _exact_sum(sums)
 
@@ -266,11 +262,7 @@ def _exact_sum(sums: list[float]) -> float:
 
 def _reduce(total: float, losses: _Array | None, problem: Problem, reduction: str) -> float | _Array:
     if losses is not None:
-        return losses
+        return losses.reshape(problem.batch_shape)
     if reduction == "sum":
         return total
     return total / problem.n_kept if problem.n_kept else math.nan
-
-
-def _empty_or(out: _Array | None, shape: tuple[int, ...], problem: Problem) -> _Array:
-    return np.empty(shape, problem.dtype) if out is None else out

@@ -54,8 +54,16 @@ class RowView:
         block = self.flat[rows]
         return block if self.direct else np.ascontiguousarray(block, dtype=self.dtype)
 
+    def buffer(self, rows: slice) -> NDArray[Any]:
+        """Return memory in which a kernel may write these rows; `write` puts it in place."""
+        if self.direct:
+            return self.read(rows)
+        return np.empty((rows.stop - rows.start, self.array.shape[-1]), self.dtype)
+
     def write(self, rows: slice, block: NDArray[Any]) -> None:
-        """Store a block of rows."""
+        """Store what a kernel has written in a buffer of these rows."""
+        if self.direct:
+            return  # it is in place
         if self.flat is not None:
             self.flat[rows] = block
         else:

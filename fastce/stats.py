@@ -69,7 +69,10 @@ def row_stats(
         if name not in _OUTPUTS:
             raise ValueError(f"outputs: expected names out of {_OUTPUTS}, got {name!r}")
     problem = check(logits, targets, axis=axis, ignore_index=ignore_index)
-    loss = np.empty(problem.batch_shape, problem.dtype) if "loss" in outputs else None
-    rank = np.empty(problem.batch_shape, np.int64) if "rank" in outputs else None
+    loss = np.empty(problem.n_rows, problem.dtype) if "loss" in outputs else None
+    rank = np.empty(problem.n_rows, np.int64) if "rank" in outputs else None
     run(problem, losses=loss, ranks=rank, num_threads=num_threads, backend=backend)
-    return RowStats(loss, rank)
+    shape = problem.batch_shape
+    return RowStats(
+        None if loss is None else loss.reshape(shape), None if rank is None else rank.reshape(shape)
+    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -99,6 +103,7 @@ def test_upstream_gradient(backend, upstream, n_classes):
     _, unit = both(x, y, backend)
     _, grad = both(x, y, backend, grad_output=upstream)
     np.testing.assert_allclose(grad, upstream * unit, rtol=1e-15, atol=1e-300)
+    assert upstream != 0 or not grad.any()
     rows = np.linspace(-1, 2, 6)
     _, grad = both(x, y, backend, grad_output=rows)
     np.testing.assert_allclose(grad, rows[:, None] * unit, rtol=1e-15)
@@ -284,6 +289,28 @@ def test_any_alignment_gives_the_same_bits(backend, offset):
     moved[:] = x
     for got, expected in zip(both(moved, y, backend), both(x, y, backend), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory by Linux' mprotect")
+@pytest.mark.parametrize("n_classes", [1, 5, 31, 33, 40, 63, 65, 97, 1025, 1500])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_nothing_is_read_outside_the_rows(backend, n_classes, at_end):
+    """The logits lie between two pages that may not be touched: the process would die."""
+    page, n_rows = mmap.PAGESIZE, 3
+    n_bytes = n_rows * n_classes * 4
+    size = -(-n_bytes // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    for guard in (address, address + page + size):
+        assert mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    offset = page + (size - n_bytes if at_end else 0)
+    x = np.frombuffer(memory, np.float32, n_rows * n_classes, offset).reshape(n_rows, n_classes)
+    expected, y = problem(n_rows, n_classes)
+    x[:] = expected
+    for got, truth in zip(both(x, y, backend), both(expected, y, backend), strict=True):
+        np.testing.assert_array_equal(got, truth)
+    fastce.cross_entropy_with_grad(x, y, out=x, backend=backend)
 
 
 def test_broadcast_rows(backend):

@@ -248,7 +248,9 @@ def _split(unit, min_exponent):
     exponent = np.int64((b >> np.uint64(52)) & np.uint64(0x7FF))
     mantissa = _from_bits((b & np.uint64(0x800FFFFFFFFFFFFF)) | np.uint64(0x3FE0000000000000))
     k = exponent - 1022
-    return mantissa, (min_exponent - k) * math.log(2.0), np.int32(k)
+    # a zero or subnormal unit gives zeros
+    floor = np.inf if exponent == 0 else (min_exponent - k) * math.log(2.0)
+    return mantissa, floor, np.int32(k)
 
 
 @njit(**_INLINE)
