@@ -45,7 +45,8 @@ def _empty_report(args: argparse.Namespace) -> dict[str, Any]:
     names = _chosen(args.only, CONTENDERS)
     workloads = [WORKLOADS[name].scaled(args.rows_scale) for name in _chosen(args.workloads, WORKLOADS)]
     return {
-        "machine": fastce.show_config("dict")["processor"] | {"system": platform.platform()},
+        "machine": fastce.show_config("dict")["processor"]
+        | {"system": f"{platform.system()} {platform.machine()}"},
         "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "n_threads": args.threads,

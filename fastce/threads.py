@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from fastce import cpu
 
-# Below the first figure a second thread costs more than it brings: entering a parallel region takes
-# about 2 us, in which one thread does this much. Above, each further thread needs the second.
+# Below the first figure, some 15 us of work, a second thread saves little more than entering a parallel
+# region costs (2 us when warm, far more when cold). Above, each further thread needs the second.
 _SERIAL_ELEMENTS = 32_768
 _ELEMENTS_PER_THREAD = 16_384
 
