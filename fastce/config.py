@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import platform
 from typing import Any, Literal, overload
 
 from fastce import __version__, cpu, registry, threads
@@ -102,4 +103,4 @@ def _versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return {**found, "python": cpu.versions()["python"]}
+    return {**found, "python": platform.python_version()}

@@ -8,8 +8,6 @@ import os
 import platform
 from pathlib import Path
 
-import numpy as np
-
 # What each variant of the Cython kernels is compiled for (the target pragmas in _native/rows.c), in
 # NumPy's names for the features.
 _NEEDS = {
@@ -94,8 +92,3 @@ def _cgroup_quota() -> float | None:
     if quota in ("max", "-1"):
         return None
     return int(quota) / int(period)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and NumPy."""
-    return {"python": platform.python_version(), "numpy": np.__version__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastce import __version__, cpu, registry
+from fastce import __version__, registry
 from fastce.scoring.figures import Figures, Input, Run, Tally
 from fastce.scoring.formats import InputError, NpyFile, NpyReader, NpyWriter, atomic_file
 from fastce.scoring.shards import Paths, Shard, find_shards
@@ -257,4 +258,8 @@ def _input(npy: NpyFile) -> Input:
 
 
 def _versions() -> dict[str, str]:
-    return {"fastce": __version__, **cpu.versions()}
+    return {
+        "fastce": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
