@@ -62,12 +62,11 @@ def _config() -> dict[str, Any]:
 
 def _threads() -> dict[str, Any]:
     asked = threads.requested(None)
-    usable = cpu.usable_cores()
     count = asked.number
     if count is None:
         kernels = registry.load(registry.choose(None, "float32"))
-        count = min(usable, kernels.max_threads())
-    return {"count": count, "source": asked.source, "usable_cores": usable}
+        count = threads.automatic(kernels.max_threads())
+    return {"count": count, "source": asked.source, "usable_cores": cpu.usable_cores()}
 
 
 def _extension() -> dict[str, str]:

@@ -32,6 +32,8 @@ Order
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from numpy import float64, int64
@@ -46,6 +48,17 @@ _MAX_TILE_ROWS = 1024
 def tile_rows(n_classes: int) -> int:
     """Rows per tile; depends on the number of classes alone, so sums do too."""
     return max(1, min(_MAX_TILE_ROWS, _TILE_ELEMENTS // max(1, n_classes)))
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Return the correctly rounded sum of losses or of their sums, so that order does not matter.
+
+    They are not negative, but may be inf or NaN.
+    """
+    try:
+        return math.fsum(values)
+    except OverflowError:  # finite, but beyond the largest float
+        return math.inf
 
 
 class Kernels(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastce import registry, threads
-from fastce.kernels import tile_rows
+from fastce.kernels import exact_sum, tile_rows
 from fastce.problem import (
     Problem,
     RowView,
@@ -249,15 +249,7 @@ def run(
         if grad_rows is not None and block is not None:
             grad_rows.write(rows, block)
         sums.extend(tile_sums.tolist())
-    return _exact_sum(sums)
-
-
-def _exact_sum(sums: list[float]) -> float:
-    """Correctly rounded, so the order of tiles does not matter; losses may be inf or NaN."""
-    try:
-        return math.fsum(sums)
-    except OverflowError:  # finite, but beyond the largest float
-        return math.inf
+    return exact_sum(sums)
 
 
 def _reduce(total: float, losses: _Array | None, problem: Problem, reduction: str) -> float | _Array:

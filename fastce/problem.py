@@ -83,7 +83,6 @@ class Problem:
     n_kept: int
     batch_shape: tuple[int, ...]
     axis: int  # of the classes in the caller's logits
-    ndim: int
 
     @property
     def n_rows(self) -> int:
@@ -129,14 +128,13 @@ def check(logits: ArrayLike, targets: ArrayLike, *, axis: int, ignore_index: int
         )
     flat = _check_targets(targets, batch_shape)
     kept_targets, n_kept = _check_range(flat, n_classes, ignore_index, batch_shape)
-    return Problem(view, kept_targets, n_classes, n_kept, batch_shape, axis % x.ndim, x.ndim)
+    return Problem(view, kept_targets, n_classes, n_kept, batch_shape, axis % x.ndim)
 
 
-def check_reduction(reduction: str) -> str:
+def check_reduction(reduction: str) -> None:
     """Check the name of a reduction."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
-    return reduction
 
 
 def check_losses_out(out: NDArray[Any] | None, problem: Problem, reduction: str) -> None:

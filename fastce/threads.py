@@ -59,17 +59,21 @@ def requested(num_threads: int | None) -> Request:
     return Request(None, "automatic")
 
 
-def resolve(num_threads: int | None, n_elements: int, runtime_max: int) -> int:
-    """Return the threads to use for a call over ``n_elements`` logits.
+def automatic(runtime_max: int) -> int:
+    """Return the automatic choice: the cores this process may use, at most what a runtime is set to.
 
-    The automatic choice is the cores this process may use, but no more than the backend's runtime is
-    set to (``runtime_max``): that is how OMP_NUM_THREADS and threadpoolctl limit it.
+    ``runtime_max`` is how OMP_NUM_THREADS and threadpoolctl limit it.
     """
+    return min(cpu.usable_cores(), runtime_max)
+
+
+def resolve(num_threads: int | None, n_elements: int, runtime_max: int) -> int:
+    """Return the threads to use for a call over ``n_elements`` logits."""
     count = requested(num_threads).number
     if count == 1 or n_elements < _SERIAL_ELEMENTS:
         return 1
     if count is None:
-        count = min(cpu.usable_cores(), runtime_max)
+        count = automatic(runtime_max)
     count = min(count, max(1, n_elements // _ELEMENTS_PER_THREAD))
     return _guard_fork(count)
 

@@ -7,14 +7,13 @@ compiled kernels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastce.kernels import Kernels, tile_rows
+from fastce.kernels import Kernels, exact_sum, tile_rows
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
@@ -128,10 +127,4 @@ def _rank(x: NDArray[Any], targets: NDArray[np.int64]) -> NDArray[np.int64]:
 def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: int) -> None:
     step = tile_rows(n_classes)
     for tile, start in enumerate(range(0, len(losses), step)):
-        tile_sums[tile] = _fsum(losses[start : start + step])
-
-
-def _fsum(values: NDArray[Any]) -> float:
-    if np.isfinite(values).all():
-        return math.fsum(values.tolist())
-    return float(values.sum(dtype=np.float64))  # fsum refuses inf + -inf and may not see NaN
+        tile_sums[tile] = exact_sum(losses[start : start + step].tolist())

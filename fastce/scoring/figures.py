@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastce.kernels import exact_sum
+
 SCHEMA_VERSION = 1
 
 # Losses are summed in chunks of this many kept rows of one file, however the file is cut into
@@ -149,10 +151,10 @@ class Tally:
         """Close the chunk that is being filled: chunks do not reach into the next file."""
         if self._n_pending:
             losses = self._pending[: self._n_pending]
-            total = _fsum(losses.tolist())
+            total = exact_sum(losses.tolist())
             with np.errstate(over="ignore", invalid="ignore"):  # an infinite loss has no deviation
                 deviations = losses - total / len(losses)
-                squares = _fsum((deviations * deviations).tolist())
+                squares = exact_sum((deviations * deviations).tolist())
             self._chunks.append(_Chunk(len(losses), total, squares))
             self._n_pending = 0
 
@@ -166,7 +168,7 @@ class Tally:
     ) -> Figures:
         """Return the figures of all the rows added."""
         n = self.kept or math.nan  # a figure of no rows is NaN
-        nll_sum = _fsum([chunk.sum for chunk in self._chunks])
+        nll_sum = exact_sum([chunk.sum for chunk in self._chunks])
         mean = nll_sum / n
         return Figures(
             rows=self.rows,
@@ -190,16 +192,10 @@ class Tally:
         if self.kept < 2:
             return math.nan
         between = ((c.n, c.sum / c.n - mean) for c in self._chunks)
-        squares = _fsum([c.squares for c in self._chunks]) + _fsum([n * d * d for n, d in between])
+        squares = exact_sum([c.squares for c in self._chunks]) + exact_sum(
+            [n * d * d for n, d in between]
+        )
         return math.sqrt(squares / (self.kept - 1) / self.kept)
-
-
-def _fsum(values: list[float]) -> float:
-    """Return the correctly rounded sum, so that order does not matter; none is negative."""
-    try:
-        return math.fsum(values)
-    except OverflowError:  # finite, but beyond the largest float
-        return math.inf
 
 
 def _exp(value: float) -> float:
