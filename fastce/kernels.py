@@ -1,15 +1,18 @@
 """What a backend must provide, and what every backend must mean by it.
 
 A backend module has one function, ``load(isa)``, which returns an object with the methods of
-`Kernels`. The methods work on plain blocks of rows; everything a user may pass (any layout, any
-integer type, ignore_index, reductions) has become such blocks before a kernel sees it.
+`Kernels`. The methods work on rows in memory; everything else a user may pass (any integer type,
+ignore_index, reductions, foreign byte orders) has become that before a kernel sees it.
 
 The rules a kernel keeps
 ------------------------
+Logits
+    float64, float32, float16, or uint16, which holds the bits of bfloat16. Half logits are widened to
+    float32, exactly, and count as float32 in everything below; their gradient is rounded once more.
 Target
     A target in [0, n_classes) names the row's class. Any other value marks an ignored row:
     the row is not read, its loss and gradient are 0, its rank is -1. So a kernel is total: it
-    has no error to report and never reads outside its arrays, even if another thread changes the
+    only counts such rows, and never reads outside its arrays, even if another thread changes the
     targets while it runs.
 Loss
     ``(m - x_t) + log1p(s)`` with m the row's maximum and s the sum of ``exp(x_j - m)`` over all
@@ -26,8 +29,8 @@ Rank
 NaN, +inf
     Anywhere in a row that is not ignored: NaN loss and gradient for that row alone.
 Order
-    What a row yields depends on that row alone: not on its neighbours, the number of threads, or an
-    address. A tile's sum depends on the tile's losses alone.
+    What a row yields depends on that row alone: not on its neighbours, the number of threads, strides
+    or an address. A tile's sum depends on the tile's losses alone.
 """
 
 from __future__ import annotations
@@ -64,9 +67,9 @@ def exact_sum(values: Iterable[float]) -> float:
 class Kernels(Protocol):
     """The kernels of one backend on one instruction set.
 
-    Arrays are aligned, of native byte order, and have unit stride along the classes; rows of
-    ``logits`` and ``grad`` may be any distance apart. ``logits`` and ``losses`` (and ``grad``) share a
-    dtype, float32 or float64.
+    Row i of ``logits`` is ``logits[i // inner, i % inner]``: two batch axes, so that a class axis in the
+    middle, (N, C, d), needs no copy. Arrays are aligned and of native byte order; ``logits`` and ``grad``
+    have any strides (multiples of the item), the others are contiguous but where said.
     """
 
     def max_threads(self) -> int:
@@ -75,19 +78,22 @@ class Kernels(Protocol):
 
     def rows(
         self,
-        logits: NDArray[Any],  # (n_rows, n_classes)  IN
-        targets: NDArray[int64],  # (n_rows,)            IN
-        losses: NDArray[Any],  # (n_rows,)            OUT
-        tile_sums: NDArray[float64],  # (n_tiles,)           OUT
+        logits: NDArray[Any],  # (outer, inner, n_classes)  IN
+        first_row: int,  # the row that targets[0] belongs to; a tile begins there
+        targets: NDArray[int64],  # (n_rows,)  IN
+        losses: NDArray[Any],  # (n_rows,)  OUT  float64 for float64 logits, else float32
+        tile_sums: NDArray[float64],  # (n_tiles,)  OUT
         *,
-        ranks: NDArray[int64] | None,  # (n_rows,)            OUT
-        scale: NDArray[float64] | None,  # (n_rows,)            IN, any stride
-        grad: NDArray[Any] | None,  # (n_rows, n_classes)  OUT, may be logits
+        ranks: NDArray[int64] | None,  # (n_rows,)  OUT
+        scale: NDArray[float64] | None,  # (n_rows,)  IN, any stride
+        grad: NDArray[Any] | None,  # as logits  OUT, may be logits
+        stream: bool,
         num_threads: int,
-    ) -> None:
-        """Write each row's loss, each tile's sum of losses and, where given, ranks and gradient.
+    ) -> int:
+        """Write losses, each tile's sum of them and, where given, ranks and gradient of ``n_rows`` rows.
 
-        ``scale`` is the upstream gradient, given if ``grad`` is; n_tiles is the number of
-        rows over ``tile_rows(n_classes)``, rounded up.
+        ``scale`` is the upstream gradient, given if ``grad`` is. ``stream`` says that the gradient is too
+        large for the caches, which it may pass by. A tile has ``tile_rows(n_classes)`` rows, but for
+        the last one. Returns how many rows were ignored.
         """
         ...

@@ -1,27 +1,23 @@
 """Arguments in, one checked `Problem` out: all validation and all messages are here.
 
 A problem is a batch of rows, whatever the shape and layout of the arrays it came in: the class axis is
-last, the targets are flat and int64, and an ignored row is marked by a negative target. Blocks of
-rows are taken from it as the kernels want them: in place where the layout allows, else copied
-a block at a time, so that no layout costs a full copy.
+last, the targets are flat and int64. Kernels take the rows where they lie, if the memory is aligned, of
+native byte order, and its batch axes merge into two; other layouts are copied a block at a time, so
+that no layout costs a full copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastce.kernels import tile_rows
 
 _REDUCTIONS = ("none", "sum", "mean")
-
-# The dtypes accepted for logits and the dtype their kernels compute in.
-_COMPUTE: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
 # A call hands the kernels at most this many elements at a time, so that Ctrl-C is heard between
 # two slices: 10 ms of kernel time at 1 ns an element and 2 threads, against 10 us for the hand-over.
@@ -30,59 +26,93 @@ _SLICE_ELEMENTS = 2**24
 _COPY_ELEMENTS = 2**20
 
 
-class RowView:
-    """An array whose last axis is the classes, seen as ``n_rows`` rows."""
+class Format(NamedTuple):
+    """How the elements of an array are seen."""
 
-    def __init__(self, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
+    name: str  #: the public name of the dtype
+    memory: np.dtype[Any]  #: as the kernels see the memory: uint16 holds the bits of bfloat16
+    result: np.dtype[Any]  #: of per-row results
+
+
+_F32, _F64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
+_FORMATS = {
+    f.name: f
+    for f in (
+        Format("float32", _F32, _F32),
+        Format("float64", _F64, _F64),
+        Format("float16", np.dtype(np.float16), _F32),
+        Format("bfloat16", np.dtype(np.uint16), _F32),
+    )
+}
+FLOAT32 = _FORMATS["float32"]
+_NAMES = "float32, float64, float16 or bfloat16"
+# A dtype's name is a slow property: one of the first look-ups that a small call would notice.
+_BY_DTYPE: dict[np.dtype[Any], Format] = {
+    f.memory: f for f in _FORMATS.values() if f.name != "bfloat16"
+}
+
+
+class RowView:
+    """An array whose last axis is the classes, seen as ``n_rows`` rows in a format the kernels take."""
+
+    __slots__ = ("array", "blocks", "direct", "format", "n_rows", "own")
+
+    def __init__(self, array: NDArray[Any], own: Format, format: Format) -> None:
         self.array = array
-        self.dtype = dtype
-        self.n_rows = math.prod(array.shape[:-1])
-        self.flat = _without_copy(array, (self.n_rows, array.shape[-1]))
+        self.own = own  # what the elements are
+        self.format = format  # what the kernels get
+        self.blocks: NDArray[Any] | None  # (outer, inner, n_classes), the same memory
+        if array.ndim == 2:
+            self.n_rows = len(array)
+            self.blocks = array[None]
+        else:
+            self.n_rows = math.prod(array.shape[:-1])
+            self.blocks = _two_batch_axes(array, self.n_rows)
         #: Whether a kernel can work on the memory itself.
-        self.direct = (
-            self.flat is not None
-            and array.dtype == dtype  # which a foreign byte order is not
-            and array.flags.aligned
-            and (array.shape[-1] <= 1 or array.strides[-1] == array.itemsize)
-            and self.flat.strides[0] % array.itemsize == 0
-        )
+        self.direct = own is format and self.blocks is not None and self._is_plain(self.blocks)
+
+    def _is_plain(self, blocks: NDArray[Any]) -> bool:
+        if blocks.dtype is not self.format.memory:
+            if blocks.dtype.itemsize != self.format.memory.itemsize or not blocks.dtype.isnative:
+                return False
+            self.blocks = blocks = blocks.view(self.format.memory)
+        if blocks.flags.c_contiguous:
+            return blocks.flags.aligned
+        size = blocks.itemsize
+        return blocks.flags.aligned and not any(step % size for step in blocks.strides)
 
     def read(self, rows: slice) -> NDArray[Any]:
-        """Return these rows as a kernel wants them; a view where it can be one."""
-        if self.flat is None:
-            return np.ascontiguousarray(self.array[self._index(rows)], dtype=self.dtype)
-        block = self.flat[rows]
-        return block if self.direct else np.ascontiguousarray(block, dtype=self.dtype)
-
-    def buffer(self, rows: slice) -> NDArray[Any]:
-        """Return memory in which a kernel may write these rows; `write` puts it in place."""
-        if self.direct:
-            return self.read(rows)
-        return np.empty((rows.stop - rows.start, self.array.shape[-1]), self.dtype)
+        """Return a copy of these rows, (1, n_rows, n_classes), in the kernels' format."""
+        block = self.array[self._index(rows)]
+        if self.own is self.format:
+            native = block.dtype if block.dtype.isnative else self.format.memory
+            return np.array(block, native, order="C").view(self.format.memory)[None]
+        if block.dtype == np.uint16:  # the bits of bfloat16
+            return (block.astype(np.uint32) << np.uint32(16)).view(np.float32)[None]
+        return np.array(block, self.format.memory, order="C")[None]
 
     def write(self, rows: slice, block: NDArray[Any]) -> None:
-        """Store what a kernel has written in a buffer of these rows."""
-        if self.direct:
-            return  # it is in place
-        if self.flat is not None:
-            self.flat[rows] = block
-        else:
-            self.array[self._index(rows)] = block
+        """Store what a kernel has written in a block of these rows."""
+        if self.own is self.format and self.array.dtype.isnative:
+            block = block.view(self.array.dtype)  # the bits of bfloat16, elsewhere no change
+        self.array[self._index(rows)] = block[0]
 
-    def _index(self, rows: slice) -> tuple[NDArray[np.intp], ...]:
+    def _index(self, rows: slice) -> Any:
+        if self.array.ndim == 2:
+            return rows
         return np.unravel_index(np.arange(rows.start, rows.stop), self.array.shape[:-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A checked batch of rows and targets."""
 
     rows: RowView
-    targets: NDArray[np.int64]  # (n_rows,) a class id, or negative: the row is ignored
+    targets: NDArray[np.int64]  #: (n_rows,) a class id, or a row that is ignored: `n_kept` knows
     n_classes: int
-    n_kept: int
     batch_shape: tuple[int, ...]
-    axis: int  # of the classes in the caller's logits
+    axis: int  #: of the classes in the caller's logits
+    ignore_index: int | None
+    given_targets: NDArray[Any]  #: flat, of the caller's dtype
 
     @property
     def n_rows(self) -> int:
@@ -91,44 +121,92 @@ class Problem:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of the kernels and of per-row results."""
-        return self.rows.dtype
+        """The dtype of per-row results."""
+        return self.rows.format.result
+
+    def n_kept(self, n_outside: int | None = None) -> int:
+        """Return how many rows are kept; IndexError if a target is neither a class nor ignored.
+
+        ``n_outside`` is how many targets the kernels found outside [0, n_classes), if they ran.
+        """
+        if n_outside == 0:
+            return self.n_rows
+        y, n_classes = self.given_targets, self.n_classes
+        if n_outside is None and self.targets.size:
+            # as unsigned numbers the negative ones are the largest: one pass finds that all is well
+            if self.targets.view(np.uint64).max() < n_classes:
+                return self.n_rows
+        inside = (y >= 0) & (y < n_classes)
+        ignored = (y == self.ignore_index) if self.ignore_index is not None else np.zeros(y.shape, bool)
+        bad = ~(inside | ignored)
+        if bad.any():
+            first = int(bad.argmax())
+            where = ", ".join(map(str, np.unravel_index(first, self.batch_shape)))
+            value = int(y[first])
+            raise IndexError(
+                f"targets[{where}] = {value} is outside [0, {n_classes}); "
+                f"pass ignore_index={value} if it is padding"
+            )
+        return len(y) - int(np.count_nonzero(ignored))
 
     def slices(self, *others: RowView) -> Iterator[slice]:
         """Cut the rows into slices of whole tiles; the cuts do not change any result."""
         direct = self.rows.direct and all(other.direct for other in others)
         elements = _SLICE_ELEMENTS if direct else _COPY_ELEMENTS
+        n_rows = self.rows.n_rows
+        if n_rows * self.n_classes <= elements:
+            if n_rows:
+                yield slice(0, n_rows)
+            return
         tile = tile_rows(self.n_classes)
         step = tile * max(1, elements // max(1, tile * self.n_classes))
-        for start in range(0, self.n_rows, step):
-            yield slice(start, min(start + step, self.n_rows))
+        for start in range(0, n_rows, step):
+            yield slice(start, min(start + step, n_rows))
 
 
-def check(logits: ArrayLike, targets: ArrayLike, *, axis: int, ignore_index: int | None) -> Problem:
-    """Check logits, targets and ignore_index, and return them as a `Problem`."""
+def check(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int,
+    ignore_index: int | None,
+    dtype: DTypeLike | None = None,
+    out: object = None,
+) -> Problem:
+    """Check logits, targets and ignore_index, and return them as a `Problem`.
+
+    Only the values of the targets are left to `Problem.n_kept`, which must be called before an array of the
+    caller's is written to, and before a result is returned.
+    """
     x = np.asarray(logits)
-    compute = _COMPUTE.get(x.dtype.name)
-    if compute is None:
-        raise TypeError(
-            f"logits: expected dtype {' or '.join(_COMPUTE)}, got {x.dtype}; "
-            "convert with logits.astype(numpy.float32)"
-        )
+    own = format_of(x, "logits", dtype)
     if x.ndim == 0:
         raise ValueError("logits: expected at least one axis, of classes; got a scalar")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(
-            f"axis: expected a value in [{-x.ndim}, {x.ndim}) for logits of shape {x.shape}, got {axis}"
-        )
-    x = np.moveaxis(x, axis, -1)
-    batch_shape, n_classes = x.shape[:-1], x.shape[-1]
-    view = RowView(x, compute)
+    if axis != -1:
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(
+                f"axis: expected a value in [{-x.ndim}, {x.ndim}) for logits of shape {x.shape}, "
+                f"got {axis}"
+            )
+        x = np.moveaxis(x, axis, -1)
+    *batch, n_classes = x.shape
+    batch_shape = tuple(batch)
+    # A gradient of another dtype than half logits' is computed in float32, and rounded once.
+    widen = own.memory.itemsize == 2 and out is not None and _other_dtype(out, x)
+    view = RowView(x, own, FLOAT32 if widen else own)
     if n_classes == 0 and view.n_rows > 0:
         raise ValueError(
             f"logits: expected at least one class, got none along axis {axis}, shape {np.shape(logits)}"
         )
-    flat = _check_targets(targets, batch_shape)
-    kept_targets, n_kept = _check_range(flat, n_classes, ignore_index, batch_shape)
-    return Problem(view, kept_targets, n_classes, n_kept, batch_shape, axis % x.ndim)
+    y = _check_targets(targets, batch_shape)
+    flat = y
+    if y.dtype is not _INT64:
+        flat = y.astype(np.int64)  # what does not fit becomes negative, and `n_kept` sees the original
+    if ignore_index is not None and 0 <= ignore_index < n_classes:
+        flat = np.where(y == ignore_index, np.int64(-1), flat)
+    elif not flat.flags.c_contiguous or not flat.flags.aligned:
+        flat = np.array(flat)
+    return Problem(view, flat, n_classes, batch_shape, axis % x.ndim, ignore_index, y)
 
 
 def check_reduction(reduction: str) -> None:
@@ -148,15 +226,19 @@ def check_losses_out(out: NDArray[Any] | None, problem: Problem, reduction: str)
     _check_out(out, problem.batch_shape, problem)
 
 
-def check_grad_out(out: NDArray[Any] | None, problem: Problem, shape: tuple[int, ...]) -> None:
+def check_grad_out(out: NDArray[Any], problem: Problem, shape: tuple[int, ...]) -> None:
     """Check the array that is to receive the gradient; it may be the logits themselves."""
-    if out is not None:
-        _check_out(out, shape, problem, may_be_logits=True)
+    _check_out(out, shape, problem, may_be_logits=True)
 
 
-def check_scale(grad_output: ArrayLike | None, problem: Problem, reduction: str) -> NDArray[np.float64]:
+def check_scale(
+    grad_output: ArrayLike | None, problem: Problem, reduction: str, n_kept: int
+) -> NDArray[np.float64]:
     """Return the upstream gradient of each row's loss, the mean's division included."""
-    upstream = np.asarray(1.0 if grad_output is None else grad_output)
+    if grad_output is None:
+        factor = 1.0 / max(1, n_kept) if reduction == "mean" else 1.0
+        return np.broadcast_to(np.float64(factor), (problem.n_rows,))
+    upstream = np.asarray(grad_output)
     if upstream.dtype.kind not in "fiu":
         raise TypeError(f"grad_output: expected real numbers, got dtype {upstream.dtype}")
     allowed = [()] if reduction != "none" else [(), problem.batch_shape]
@@ -167,7 +249,7 @@ def check_scale(grad_output: ArrayLike | None, problem: Problem, reduction: str)
         )
     scale = upstream.astype(np.float64)
     if reduction == "mean":
-        scale = scale / max(1, problem.n_kept)  # nothing kept: the gradient is 0 all the same
+        scale = scale / max(1, n_kept)  # nothing kept: the gradient is 0 all the same
     return np.broadcast_to(scale.reshape(-1), (problem.n_rows,))
 
 
@@ -176,8 +258,7 @@ def _check_out(
 ) -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
-    if out.dtype.name not in _COMPUTE:
-        raise TypeError(f"out: expected dtype {' or '.join(_COMPUTE)}, got {out.dtype}")
+    format_of(out, "out", "bfloat16" if out.dtype == np.uint16 == problem.rows.array.dtype else None)
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
     if not out.flags.writeable:
@@ -209,11 +290,47 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
         return True  # interlaced beyond quick proof: refuse, as for a real overlap
 
 
-def _without_copy(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any] | None:
-    try:
-        return array.reshape(shape, copy=False)
-    except ValueError:
-        return None
+def format_of(array: NDArray[Any], name: str, dtype: DTypeLike | None) -> Format:
+    """Return the format of an array's elements; ``dtype`` says what the bits of uint16 are."""
+    found = _BY_DTYPE.get(array.dtype)
+    if found is None:
+        found = _FORMATS.get(array.dtype.name)  # bfloat16, and foreign byte orders
+    if dtype is not None:
+        asked = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        if asked == "bfloat16" and array.dtype == np.uint16:
+            found = _FORMATS["bfloat16"]
+        elif found is None or found.name != asked:
+            raise TypeError(
+                f"dtype: expected 'bfloat16', for the bits of bfloat16 in a uint16 array, or None; "
+                f"got {dtype!r} for {name} of dtype {array.dtype}"
+            )
+    if found is None:
+        remedy = (
+            "pass dtype='bfloat16' if these are its bits"
+            if array.dtype == np.uint16 and name == "logits"
+            else f"convert with {name}.astype(numpy.float32)"
+        )
+        raise TypeError(f"{name}: expected dtype {_NAMES}, got {array.dtype}; {remedy}")
+    return found
+
+
+def _other_dtype(out: object, logits: NDArray[Any]) -> bool:
+    return isinstance(out, np.ndarray) and out.dtype != logits.dtype
+
+
+def _two_batch_axes(array: NDArray[Any], n_rows: int) -> NDArray[Any] | None:
+    """Return the array as (outer, inner, n_classes) without a copy, or None if that is impossible."""
+    *batch, n_classes = array.shape
+    shapes = [(1, n_rows, n_classes)]
+    shapes += [
+        (math.prod(batch[:k]), math.prod(batch[k:]), n_classes) for k in range(1, len(batch))
+    ]
+    for shape in shapes:
+        try:
+            return array.reshape(shape, copy=False)
+        except ValueError:
+            continue
+    return None
 
 
 def _check_targets(targets: ArrayLike, batch_shape: tuple[int, ...]) -> NDArray[Any]:
@@ -224,26 +341,4 @@ def _check_targets(targets: ArrayLike, batch_shape: tuple[int, ...]) -> NDArray[
         raise ValueError(
             f"targets: expected shape {batch_shape} (logits without the class axis), got {y.shape}"
         )
-    return y.reshape(-1)
-
-
-def _check_range(
-    y: NDArray[Any], n_classes: int, ignore_index: int | None, batch_shape: tuple[int, ...]
-) -> tuple[NDArray[np.int64], int]:
-    """Return the targets as int64 with ignored rows negative, and how many rows are kept."""
-    inside = (y >= 0) & (y < n_classes)
-    ignored = (y == ignore_index) if ignore_index is not None else np.zeros(y.shape, bool)
-    if not inside.all():
-        bad = ~(inside | ignored)
-        if bad.any():
-            first = int(bad.argmax())
-            where = ", ".join(map(str, np.unravel_index(first, batch_shape))) if batch_shape else ""
-            value = int(y[first])
-            raise IndexError(
-                f"targets[{where}] = {value} is outside [0, {n_classes}); "
-                f"pass ignore_index={value} if it is padding"
-            )
-    n_ignored = int(np.count_nonzero(ignored))
-    if n_ignored and ignore_index is not None and ignore_index >= 0:
-        return np.where(ignored, np.int64(-1), y.astype(np.int64)), len(y) - n_ignored
-    return np.ascontiguousarray(y, dtype=np.int64), len(y) - n_ignored
+    return y if y.ndim == 1 else y.reshape(-1)

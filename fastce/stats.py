@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastce.losses import run
 from fastce.problem import check
@@ -27,6 +27,7 @@ def row_stats(
     *,
     axis: int = -1,
     ignore_index: int | None = -100,
+    dtype: DTypeLike | None = None,
     outputs: Sequence[str] = _OUTPUTS,
     num_threads: int | None = None,
     backend: str | None = None,
@@ -35,7 +36,7 @@ def row_stats(
 
     Parameters
     ----------
-    logits, targets, axis, ignore_index, num_threads, backend
+    logits, targets, axis, ignore_index, dtype, num_threads, backend
         As in `cross_entropy`.
     outputs : sequence of {"loss", "rank"}
         The arrays wanted.
@@ -68,10 +69,11 @@ def row_stats(
     for name in outputs:
         if name not in _OUTPUTS:
             raise ValueError(f"outputs: expected names out of {_OUTPUTS}, got {name!r}")
-    problem = check(logits, targets, axis=axis, ignore_index=ignore_index)
+    problem = check(logits, targets, axis=axis, ignore_index=ignore_index, dtype=dtype)
     loss = np.empty(problem.n_rows, problem.dtype) if "loss" in outputs else None
     rank = np.empty(problem.n_rows, np.int64) if "rank" in outputs else None
-    run(problem, losses=loss, ranks=rank, num_threads=num_threads, backend=backend)
+    _, n_outside = run(problem, losses=loss, ranks=rank, num_threads=num_threads, backend=backend)
+    problem.n_kept(n_outside)
     shape = problem.batch_shape
     return RowStats(
         None if loss is None else loss.reshape(shape), None if rank is None else rank.reshape(shape)

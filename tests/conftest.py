@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastce import cpu, registry
+from fastce import cpu, registry, threads
 
 _worst = pytest.StashKey[dict[tuple[str, str, str], tuple[float, str]]]()
 
@@ -37,8 +37,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test with the defaults of the machine."""
-    monkeypatch.delenv("FASTCE_BACKEND", raising=False)
-    monkeypatch.delenv("FASTCE_NUM_THREADS", raising=False)
+    monkeypatch.setattr(registry, "_environment", None)
+    monkeypatch.setattr(threads, "_environment", None)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_automatic_choice_is_the_first_available():
 
 
 def test_argument_beats_context_beats_environment(monkeypatch):
-    monkeypatch.setenv("FASTCE_BACKEND", "numpy")
+    monkeypatch.setattr(registry, "_environment", "numpy")
     assert chosen() == "numpy"
     with fastce.use_backend("numba"):
         assert chosen() == "numba"
@@ -88,14 +88,14 @@ def test_a_named_backend_is_refused_not_replaced(only_numpy):
 
 
 def test_a_name_in_the_environment_is_refused_not_replaced(only_numpy, monkeypatch):
-    monkeypatch.setenv("FASTCE_BACKEND", "cython")
+    monkeypatch.setattr(registry, "_environment", "cython")
     with pytest.raises(fastce.BackendUnavailable):
         fastce.cross_entropy(X, Y)
     assert not any(info.chosen for info in fastce.backends())
 
 
 def test_an_unknown_name_in_the_environment_says_where_it_stands(monkeypatch):
-    monkeypatch.setenv("FASTCE_BACKEND", "cuda")
+    monkeypatch.setattr(registry, "_environment", "cuda")
     with pytest.raises(ValueError, match="got 'cuda' from FASTCE_BACKEND"):
         fastce.cross_entropy(X, Y)
 

@@ -37,23 +37,23 @@ def python(code, **environment):
 
 
 def test_argument_beats_setting_beats_environment(monkeypatch):
-    assert threads.resolve(None, BIG, 64) == cpu.usable_cores()
-    monkeypatch.setenv("FASTCE_NUM_THREADS", "3")
-    assert threads.resolve(None, BIG, 1) == 3
+    assert threads.resolve(None, BIG, lambda: 64) == cpu.usable_cores()
+    monkeypatch.setattr(threads, "_environment", "3")
+    assert threads.resolve(None, BIG, lambda: 1) == 3
     fastce.set_num_threads(5)
-    assert threads.resolve(None, BIG, 1) == 5
-    assert threads.resolve(7, BIG, 1) == 7
+    assert threads.resolve(None, BIG, lambda: 1) == 5
+    assert threads.resolve(7, BIG, lambda: 1) == 7
 
 
 def test_small_work_is_serial():
-    assert threads.resolve(8, 1000, 8) == 1
-    assert threads.resolve(8, 50_000, 8) == 3
-    assert threads.resolve(8, BIG, 8) == 8
+    assert threads.resolve(8, 1000, lambda: 8) == 1
+    assert threads.resolve(8, 50_000, lambda: 8) == 3
+    assert threads.resolve(8, BIG, lambda: 8) == 8
 
 
 @pytest.mark.parametrize("bad", ["0", "-1", "many"])
 def test_bad_environment_is_named(monkeypatch, bad):
-    monkeypatch.setenv("FASTCE_NUM_THREADS", bad)
+    monkeypatch.setattr(threads, "_environment", bad)
     with pytest.raises(ValueError, match=f"FASTCE_NUM_THREADS: .* got '{bad}'"):
         fastce.cross_entropy(np.zeros((2, 2)), [0, 1])
 

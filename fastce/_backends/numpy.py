@@ -7,7 +7,6 @@ compiled kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ _BLOCK_ELEMENTS = 65_536
 class _Rows(NamedTuple):
     """A block of kept rows, all float64."""
 
-    at: NDArray[np.intp]  # (n,) where the rows stand in the caller's arrays
+    x: NDArray[np.float64]  # (n, n_classes) the logits
     targets: NDArray[np.int64]  # (n,)
     exps: NDArray[np.float64]  # (n, n_classes) exp(x - m), 0 at one maximum
     top: NDArray[np.intp]  # (n,) the class of that maximum
@@ -46,6 +45,7 @@ class NumpyKernels:
     def rows(
         self,
         logits: NDArray[Any],
+        first_row: int,
         targets: NDArray[np.int64],
         losses: NDArray[Any],
         tile_sums: NDArray[np.float64],
@@ -53,39 +53,47 @@ class NumpyKernels:
         ranks: NDArray[np.int64] | None,
         scale: NDArray[np.float64] | None,
         grad: NDArray[Any] | None,
+        stream: bool,
         num_threads: int,
-    ) -> None:
+    ) -> int:
         """See `fastce.kernels.Kernels.rows`."""
-        ignored = _ignored(targets, logits.shape[1])
+        _, inner, n_classes = logits.shape
+        ignored = (targets < 0) | (targets >= n_classes)
+        kept = np.flatnonzero(~ignored)
         losses[ignored] = 0
         if ranks is not None:
             ranks[ignored] = -1
-        for rows in _blocks(logits, targets):
-            losses[rows.at] = _loss(rows)
+        step = max(1, _BLOCK_ELEMENTS // n_classes)
+        for start in range(0, len(kept), step):
+            at = kept[start : start + step]
+            where = divmod(first_row + at, inner)
+            rows = _exponentials(_widened(logits[where]), targets[at])
+            losses[at] = _loss(rows)
             if ranks is not None:
-                rank = _rank(logits[rows.at], rows.targets)
-                ranks[rows.at] = np.where(np.isnan(rows.rest), -1, rank)
+                ranks[at] = np.where(np.isnan(rows.rest), -1, _rank(rows))
             if grad is not None and scale is not None:
-                grad[rows.at] = _gradient(rows, scale[rows.at])
+                grad[where] = _narrowed(_gradient(rows, scale[at]), grad.dtype)
         if grad is not None:
-            grad[ignored] = 0
-        _sum_tiles(losses, tile_sums, logits.shape[1])
+            grad[divmod(first_row + np.flatnonzero(ignored), inner)] = 0
+        _sum_tiles(losses, tile_sums, n_classes)
+        return len(targets) - len(kept)
 
 
-def _ignored(targets: NDArray[np.int64], n_classes: int) -> NDArray[np.bool_]:
-    return (targets < 0) | (targets >= n_classes)
+def _widened(x: NDArray[Any]) -> NDArray[np.float64]:
+    if x.dtype == np.uint16:  # bfloat16: the upper half of a float32
+        x = (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.astype(np.float64)
 
 
-def _blocks(logits: NDArray[Any], targets: NDArray[np.int64]) -> Iterator[_Rows]:
-    n_classes = logits.shape[1]
-    kept = np.flatnonzero(~_ignored(targets, n_classes))
-    step = max(1, _BLOCK_ELEMENTS // n_classes)
-    for start in range(0, len(kept), step):
-        index = kept[start : start + step]
-        yield _exponentials(index, logits[index].astype(np.float64), targets[index])
+def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype != np.uint16:
+        return grad.astype(dtype)
+    bits = grad.astype(np.float32).view(np.uint32)
+    # to nearest, ties to even; NaN, whose lower half is 0, does not overflow into -0
+    return ((bits + (0x7FFF + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype(dtype)
 
 
-def _exponentials(index: NDArray[np.intp], x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
+def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
     m = x[n, top]
@@ -97,7 +105,7 @@ def _exponentials(index: NDArray[np.intp], x: NDArray[np.float64], targets: NDAr
     exps = np.exp(d)
     exps += np.where(np.isneginf(d), 0.0, exps * r)
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
-    return _Rows(index, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+    return _Rows(x, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -105,7 +113,7 @@ def _loss(rows: _Rows) -> NDArray[np.float64]:
 
 
 def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    n = np.arange(len(rows.at))
+    n = np.arange(len(rows.x))
     total = 1.0 + rows.rest
     # The others' sum never cancels: where the target is not the maximum, the maximum's 1 stays.
     others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets])
@@ -117,10 +125,10 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
-def _rank(x: NDArray[Any], targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    target_logit = np.take_along_axis(x, targets[:, None], axis=1)
-    ahead = np.count_nonzero(x > target_logit, axis=1)
-    tied_before = (x == target_logit) & (np.arange(x.shape[1]) < targets[:, None])
+def _rank(rows: _Rows) -> NDArray[np.int64]:
+    target_logit = np.take_along_axis(rows.x, rows.targets[:, None], axis=1)
+    ahead = np.count_nonzero(rows.x > target_logit, axis=1)
+    tied_before = (rows.x == target_logit) & (np.arange(rows.x.shape[1]) < rows.targets[:, None])
     return np.asarray(ahead + np.count_nonzero(tied_before, axis=1), dtype=np.int64)
 
 
