@@ -1,5 +1,8 @@
 """Build the one extension module: with OpenMP if the compiler has it, else serial, else not at all."""
 
+import glob
+
+import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
@@ -36,12 +39,9 @@ setup(
         Extension(
             "fastce._native.kernels",
             sources=["fastce/_native/kernels.pyx", "fastce/_native/rows.c"],
-            depends=[
-                "fastce/_native/rows.h",
-                "fastce/_native/row_dtypes.inc",
-                "fastce/_native/row_body.inc",
-            ],
-            include_dirs=["fastce/_native"],
+            depends=glob.glob("fastce/_native/*.inc") + ["fastce/_native/rows.h"],
+            include_dirs=["fastce/_native", numpy.get_include()],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
             optional=True,  # without a compiler the other backends remain; `fastce doctor` says so
         )
     ],

@@ -5,17 +5,20 @@ from numpy.typing import NDArray
 
 OPENMP: bool
 
-def max_threads() -> int: ...
-def runs_here(isa: str) -> bool: ...
-def rows(
-    isa: str,
-    logits: NDArray[Any],
-    targets: NDArray[int64],
-    losses: NDArray[Any],
-    tile_sums: NDArray[float64],
-    ranks: NDArray[int64] | None,
-    scale: NDArray[float64] | None,
-    grad: NDArray[Any] | None,
-    tile_rows: int,
-    num_threads: int,
-) -> None: ...
+class RowKernels:
+    def __init__(self, isa: str) -> None: ...
+    def max_threads(self) -> int: ...
+    def rows(
+        self,
+        logits: NDArray[Any],
+        first_row: int,
+        targets: NDArray[int64],
+        losses: NDArray[Any],
+        tile_sums: NDArray[float64],
+        *,
+        ranks: NDArray[int64] | None,
+        scale: NDArray[float64] | None,
+        grad: NDArray[Any] | None,
+        stream: bool,
+        num_threads: int,
+    ) -> int: ...

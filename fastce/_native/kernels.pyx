@@ -1,24 +1,43 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True
-"""Tiles of rows, spread over threads: the driver of the C kernels in rows.h."""
+"""Rows spread over threads: the driver of the C kernels in rows.h."""
 
-from cython.parallel cimport prange
+cimport numpy as cnp
+from cython.parallel cimport prange, threadid
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc
 
-ctypedef fused real:
-    float
-    double
+from fastce.kernels import tile_rows
+
+cnp.import_array()
 
 cdef extern from "rows.h" nogil:
-    ctypedef double (*fastce_rows_f32)(
-        const float *, ptrdiff_t, const int64_t *, ptrdiff_t, ptrdiff_t, float *, int64_t *,
-        const double *, ptrdiff_t, float *, ptrdiff_t) noexcept nogil
-    ctypedef double (*fastce_rows_f64)(
-        const double *, ptrdiff_t, const int64_t *, ptrdiff_t, ptrdiff_t, double *, int64_t *,
-        const double *, ptrdiff_t, double *, ptrdiff_t) noexcept nogil
-    fastce_rows_f32 fastce_find_rows_f32(const char *isa)
-    fastce_rows_f64 fastce_find_rows_f64(const char *isa)
+    const ptrdiff_t FASTCE_SEGMENT
+    ctypedef struct fastce_call:
+        const void *logits
+        ptrdiff_t outer_stride, row_stride, class_stride, inner, n_classes, first_row
+        const int64_t *targets
+        void *losses
+        int64_t *ranks
+        const double *scale
+        ptrdiff_t scale_stride
+        void *grad
+        ptrdiff_t grad_outer_stride, grad_row_stride, grad_class_stride
+        int stream
+    ctypedef struct fastce_part:
+        pass
+    ctypedef struct fastce_kernels:
+        ptrdiff_t (*rows)(
+            const fastce_call *, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *, double *) noexcept nogil
+        void (*read_segment)(
+            const fastce_call *, ptrdiff_t, ptrdiff_t, void *, fastce_part *) noexcept nogil
+        ptrdiff_t (*finish_segments)(
+            const fastce_call *, ptrdiff_t, ptrdiff_t, fastce_part *, double *) noexcept nogil
+        void (*write_segment)(
+            const fastce_call *, ptrdiff_t, ptrdiff_t, void *, const fastce_part *) noexcept nogil
+        size_t (*scratch)(const fastce_call *) noexcept nogil
+    const fastce_kernels *fastce_find_kernels(const char *dtype, const char *isa)
 
 cdef extern from *:
     """
@@ -35,61 +54,149 @@ cdef extern from *:
 
 OPENMP = bool(FASTCE_OPENMP)
 
-
-def max_threads():
-    """Return the most threads OpenMP would use now; 1 without OpenMP."""
-    return omp_get_max_threads()
-
-
-def runs_here(str isa):
-    """Return whether the kernels of an instruction set are compiled in and can run."""
-    return fastce_find_rows_f32(isa.encode()) != NULL
+# Work of fewer elements, a few microseconds, keeps the interpreter lock: giving it back costs more.
+cdef ptrdiff_t _KEEPS_LOCK = 8192
+# Where classes are not neighbours, rows are: a work item takes a cache line of them or more.
+cdef ptrdiff_t _TURNED_ROWS = 16
 
 
-def rows(
-    str isa,
-    const real[:, :] logits,
-    const int64_t[::1] targets,
-    real[::1] losses,
-    double[::1] tile_sums,
-    int64_t[::1] ranks,
-    const double[:] scale,
-    real[:, :] grad,
-    ptrdiff_t tile_rows,
-    int num_threads,
-):
-    """Write the losses of all rows, each tile's sum and, where not None, ranks and gradient.
+cdef class RowKernels:
+    """`fastce.kernels.Kernels` on one instruction set."""
 
-    The contract is that of `fastce.kernels.Kernels.rows`; nothing is checked here.
-    """
-    cdef ptrdiff_t n_rows = logits.shape[0], n_classes = logits.shape[1]
-    cdef ptrdiff_t n_tiles = tile_sums.shape[0], tile, start, size
-    cdef ptrdiff_t stride = logits.strides[0] // <ptrdiff_t>sizeof(real)
-    cdef ptrdiff_t scale_stride = 0, grad_stride = 0
-    cdef const real *x
-    cdef const double *s = NULL
-    cdef real *g = NULL
-    cdef int64_t *r = NULL
-    cdef fastce_rows_f32 f32 = fastce_find_rows_f32(isa.encode())
-    cdef fastce_rows_f64 f64 = fastce_find_rows_f64(isa.encode())
-    if n_rows == 0:
-        return
-    x = &logits[0, 0]
-    if ranks is not None:
-        r = &ranks[0]
-    if grad is not None:
-        s, scale_stride = &scale[0], scale.strides[0] // <ptrdiff_t>sizeof(double)
-        g, grad_stride = &grad[0, 0], grad.strides[0] // <ptrdiff_t>sizeof(real)
-    for tile in prange(n_tiles, nogil=True, num_threads=num_threads, schedule="static"):
-        start = tile * tile_rows
-        size = min(tile_rows, n_rows - start)
-        if real is float:
-            tile_sums[tile] = f32(
-                x + start * stride, stride, &targets[start], size, n_classes, &losses[start],
-                r + start if r != NULL else NULL, s + start * scale_stride, scale_stride,
-                g + start * grad_stride if g != NULL else NULL, grad_stride)
-        else:
-            tile_sums[tile] = f64(
-                x + start * stride, stride, &targets[start], size, n_classes, &losses[start],
-                r + start if r != NULL else NULL, s + start * scale_stride, scale_stride,
-                g + start * grad_stride if g != NULL else NULL, grad_stride)
+    cdef const fastce_kernels *f32
+    cdef const fastce_kernels *f64
+    cdef const fastce_kernels *f16
+    cdef const fastce_kernels *bf16
+
+    def __cinit__(self, str isa):
+        name = isa.encode()
+        self.f32 = fastce_find_kernels(b"f32", name)
+        self.f64 = fastce_find_kernels(b"f64", name)
+        self.f16 = fastce_find_kernels(b"f16", name)
+        self.bf16 = fastce_find_kernels(b"bf16", name)
+        if self.f32 == NULL:
+            raise ImportError(f"the extension module has no {isa} kernels that run on this machine")
+
+    def max_threads(self):
+        """Return OpenMP's limit: OMP_NUM_THREADS, threadpoolctl, or all cores."""
+        return omp_get_max_threads()
+
+    def rows(
+        self,
+        cnp.ndarray logits,
+        ptrdiff_t first_row,
+        cnp.ndarray targets,
+        cnp.ndarray losses,
+        cnp.ndarray tile_sums,
+        *,
+        cnp.ndarray ranks,
+        cnp.ndarray scale,
+        cnp.ndarray grad,
+        bint stream,
+        int num_threads,
+    ):
+        """See `fastce.kernels.Kernels.rows`; nothing is checked here."""
+        cdef int kind = cnp.PyArray_TYPE(logits)
+        cdef const fastce_kernels *kernels = (
+            self.f32 if kind == cnp.NPY_FLOAT32
+            else self.f64 if kind == cnp.NPY_FLOAT64
+            else self.f16 if kind == cnp.NPY_FLOAT16
+            else self.bf16
+        )
+        cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(logits)
+        cdef ptrdiff_t n_rows = cnp.PyArray_DIM(targets, 0), tile
+        cdef fastce_call call
+        if n_rows == 0:
+            return 0
+        call.logits = cnp.PyArray_DATA(logits)
+        call.outer_stride = cnp.PyArray_STRIDE(logits, 0) // item
+        call.row_stride = cnp.PyArray_STRIDE(logits, 1) // item
+        call.class_stride = cnp.PyArray_STRIDE(logits, 2) // item
+        call.inner = cnp.PyArray_DIM(logits, 1)
+        call.n_classes = cnp.PyArray_DIM(logits, 2)
+        call.first_row = first_row
+        call.targets = <const int64_t *>cnp.PyArray_DATA(targets)
+        call.losses = cnp.PyArray_DATA(losses)
+        call.ranks = NULL if ranks is None else <int64_t *>cnp.PyArray_DATA(ranks)
+        call.scale = NULL
+        call.grad = NULL
+        call.stream = stream
+        call.grad_outer_stride = call.grad_row_stride = call.grad_class_stride = call.scale_stride = 0
+        if grad is not None:
+            call.scale = <const double *>cnp.PyArray_DATA(scale)
+            call.scale_stride = cnp.PyArray_STRIDE(scale, 0) // <ptrdiff_t>sizeof(double)
+            call.grad = cnp.PyArray_DATA(grad)
+            call.grad_outer_stride = cnp.PyArray_STRIDE(grad, 0) // item
+            call.grad_row_stride = cnp.PyArray_STRIDE(grad, 1) // item
+            call.grad_class_stride = cnp.PyArray_STRIDE(grad, 2) // item
+        if call.n_classes == 1:  # whatever stride an axis of length 1 has
+            call.class_stride = call.grad_class_stride = 1
+        tile = tile_rows(call.n_classes)
+        if n_rows * call.n_classes < _KEEPS_LOCK:
+            return _run_tiles(kernels, &call, n_rows, tile, 1, <double *>cnp.PyArray_DATA(tile_sums))
+        with nogil:
+            if call.n_classes > FASTCE_SEGMENT:
+                n_ignored = _run_segments(
+                    kernels, &call, n_rows, num_threads, <double *>cnp.PyArray_DATA(tile_sums))
+            else:
+                n_ignored = _run_tiles(
+                    kernels, &call, n_rows, tile, num_threads, <double *>cnp.PyArray_DATA(tile_sums))
+        if n_ignored < 0:
+            raise MemoryError("no memory for the scratch of fastce's kernels")
+        return n_ignored
+
+
+cdef ptrdiff_t _run_tiles(
+    const fastce_kernels *kernels, const fastce_call *call, ptrdiff_t n_rows, ptrdiff_t tile,
+    int num_threads, double *sums,
+) noexcept nogil:
+    """Return the number of ignored rows, or -1 without memory."""
+    cdef bint turned = call.class_stride != 1 or (call.grad != NULL and call.grad_class_stride != 1)
+    cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
+    cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, n_ignored = 0
+    cdef size_t size = kernels.scratch(call)
+    cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
+    cdef char *scratch = NULL
+    if size:
+        size = (size + 127) // 64 * 64  # threads do not share a cache line
+        scratch = <char *>malloc(size * n_threads)
+        if scratch == NULL:
+            return -1
+    if n_threads == 1:
+        for item in range(n_items):
+            n_ignored += kernels.rows(call, item * step, min(step, n_rows - item * step), tile,
+                                      scratch, sums + item * step // tile)
+    else:
+        for item in prange(n_items, num_threads=n_threads, schedule="static"):
+            n_ignored += kernels.rows(call, item * step, min(step, n_rows - item * step), tile,
+                                      scratch + size * threadid(), sums + item * step // tile)
+    free(scratch)
+    return n_ignored
+
+
+cdef ptrdiff_t _run_segments(
+    const fastce_kernels *kernels, const fastce_call *call, ptrdiff_t n_rows, int num_threads,
+    double *sums,
+) noexcept nogil:
+    """Rows so long that a thread does not get one for itself; a tile is one row then."""
+    cdef ptrdiff_t n_segments = (call.n_classes + FASTCE_SEGMENT - 1) // FASTCE_SEGMENT
+    cdef ptrdiff_t n_items = n_rows * n_segments, item, row, n_ignored = 0
+    cdef size_t size = (kernels.scratch(call) + 127) // 64 * 64
+    cdef char *scratch = <char *>malloc(size * num_threads)
+    cdef fastce_part *parts = <fastce_part *>malloc(n_items * sizeof(fastce_part))
+    if scratch == NULL or parts == NULL:
+        free(scratch)
+        free(parts)
+        return -1
+    for item in prange(n_items, num_threads=num_threads, schedule="static"):
+        kernels.read_segment(call, item // n_segments, item % n_segments,
+                             scratch + size * threadid(), parts + item)
+    for row in range(n_rows):
+        n_ignored += kernels.finish_segments(call, row, n_segments, parts + row * n_segments, sums + row)
+    if call.grad != NULL:
+        for item in prange(n_items, num_threads=num_threads, schedule="static"):
+            kernels.write_segment(call, item // n_segments, item % n_segments,
+                                  scratch + size * threadid(), parts + item // n_segments * n_segments)
+    free(scratch)
+    free(parts)
+    return n_ignored

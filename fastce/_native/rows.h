@@ -1,33 +1,57 @@
-/* The kernel that kernels.pyx drives, for each dtype and instruction set: filled in by rows.c from the
- * one body in row_body.inc. fastce/kernels.py has the contract.
- *
- *   logits   (n_rows, n_classes)  IN   unit stride along a row, `stride` elements between rows
- *   targets  (n_rows,)            IN   a value outside [0, n_classes) marks an ignored row
- *   losses   (n_rows,)            OUT
- *   ranks    (n_rows,)            OUT  may be NULL
- *   scale    (n_rows,)            IN   upstream gradient, `scale_stride` elements apart
- *   grad     (n_rows, n_classes)  OUT  may be NULL (then scale too), or the logits themselves
- *
- * Returns the sum of the losses.
- */
+/* The kernels that kernels.pyx drives, for each dtype and instruction set: filled in by rows.c from the
+ * one body in row_body.inc. fastce/kernels.py has the contract. */
 #ifndef FASTCE_ROWS_H
 #define FASTCE_ROWS_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTCE_ROWS(NAME, REAL)                                                           \
-    typedef double (*NAME)(const REAL *logits, ptrdiff_t stride, const int64_t *targets,  \
-                           ptrdiff_t n_rows, ptrdiff_t n_classes, REAL *losses,           \
-                           int64_t *ranks, const double *scale, ptrdiff_t scale_stride,   \
-                           REAL *grad, ptrdiff_t grad_stride)
+/* A call. All strides count elements; row i of logits and grad is at
+ * (i / inner) * outer_stride + (i % inner) * row_stride. */
+typedef struct {
+    const void *logits;       /* IN */
+    ptrdiff_t outer_stride, row_stride, class_stride;
+    ptrdiff_t inner, n_classes;
+    ptrdiff_t first_row;      /* the row that the next four begin at */
+    const int64_t *targets;   /* IN   a value outside [0, n_classes) marks an ignored row */
+    void *losses;             /* OUT  float, or double for double logits */
+    int64_t *ranks;           /* OUT  may be NULL */
+    const double *scale;      /* IN   upstream gradient, scale_stride apart; NULL without grad */
+    ptrdiff_t scale_stride;
+    void *grad;               /* OUT  may be NULL, or the logits themselves */
+    ptrdiff_t grad_outer_stride, grad_row_stride, grad_class_stride;
+    int stream;               /* write grad past the caches */
+} fastce_call;
 
-FASTCE_ROWS(fastce_rows_f32, float);
-FASTCE_ROWS(fastce_rows_f64, double);
+/* What is known of a part of a row: (sum + carry) * (the dtype's unit) is the sum of exp(x - m) over the
+ * classes below its maximum m, which `ties` classes attain. */
+typedef struct {
+    double m, ties, sum, carry;
+} fastce_part;
 
-/* The kernel of one instruction set ("baseline", "avx2", "avx512"), or NULL where it was not
- * compiled in or this processor cannot run it. */
-fastce_rows_f32 fastce_find_rows_f32(const char *isa);
-fastce_rows_f64 fastce_find_rows_f64(const char *isa);
+/* The kernels of one dtype on one instruction set. */
+typedef struct {
+    /* Compute rows [first, first + n), counted from first_row; write the sums of the losses of each
+     * tile of them and return how many were ignored. For rows of at most FASTCE_SEGMENT classes. */
+    ptrdiff_t (*rows)(const fastce_call *, ptrdiff_t first, ptrdiff_t n, ptrdiff_t tile, void *scratch,
+                      double *sums);
+    /* Longer rows, cut every FASTCE_SEGMENT classes: read one segment of one row; then finish the row, given
+     * its parts in order, leaving its factors in part 0; then write one segment of the gradient. */
+    void (*read_segment)(const fastce_call *, ptrdiff_t row, ptrdiff_t segment, void *scratch,
+                         fastce_part *);
+    ptrdiff_t (*finish_segments)(const fastce_call *, ptrdiff_t row, ptrdiff_t n_segments,
+                                 fastce_part *, double *sum);
+    void (*write_segment)(const fastce_call *, ptrdiff_t row, ptrdiff_t segment, void *scratch,
+                          const fastce_part *);
+    /* Bytes of scratch that each thread needs. */
+    size_t (*scratch)(const fastce_call *);
+} fastce_kernels;
+
+/* A segment's floats, 1 MB, fit L2 beside what streams past. */
+#define FASTCE_SEGMENT ((ptrdiff_t)1 << 18)
+
+/* The kernels of one dtype ("f32", "f64", "f16", "bf16") and instruction set ("baseline", "avx2",
+ * "avx512"), or NULL where they were not compiled in or this processor cannot run them. */
+const fastce_kernels *fastce_find_kernels(const char *dtype, const char *isa);
 
 #endif
