@@ -12,6 +12,8 @@
 #else
 #define STREAM_END() ((void)0)
 #endif
+/* A call of these would save and load every vector register, and lose the constants in them. */
+#define INLINE inline __attribute__((always_inline))
 #define PREFETCH(address) __builtin_prefetch(address)
 
 /* ---- Halves, one at a time: exact one way, to nearest and ties to even the other ---- */
