@@ -71,8 +71,8 @@ class Timing(NamedTuple):
         return statistics.median(self.samples)
 
 
-def timed(call: Callable[[], Any], seconds: float, between: Callable[[], None] | None = None) -> Timing:
-    """Time a call: once cold, once more to settle, then until the samples suffice.
+def timed(call: Callable[[], Any], seconds: float, second: Callable[[], Any] | None = None) -> Timing:
+    """Time a call: once cold, once more untimed, then until the samples suffice.
 
     Parameters
     ----------
@@ -81,8 +81,8 @@ def timed(call: Callable[[], Any], seconds: float, between: Callable[[], None] |
     seconds : float
         Collect at least five samples and this much time; of a slow call at least three, and four
         times this much.
-    between : callable, optional
-        Run before the second call, which is not timed.
+    second : callable, optional
+        What to run instead of the call the second time, for whoever wants to look at the result.
 
     Returns
     -------
@@ -90,18 +90,20 @@ def timed(call: Callable[[], Any], seconds: float, between: Callable[[], None] |
         Samples of short calls are averages over about a millisecond.
     """
     first = _clock(call, 1)
-    if between is not None:
-        between()
-    n_calls = max(1, math.ceil(_SAMPLE_SECONDS / max(_clock(call, 1), 1e-9)))
-    if n_calls > 1:  # the second call is still slow where it is short
-        n_calls = max(1, math.ceil(_SAMPLE_SECONDS * n_calls / _clock(call, n_calls)))
+    (second or call)()
+    n_calls = 1
     samples: list[float] = []
     spent = 0.0
     while (len(samples) < _MIN_SAMPLES or spent < seconds) and (
         len(samples) < _MIN_SLOW_SAMPLES or spent < _SLOW * seconds
     ):
-        samples.append(_clock(call, n_calls) / n_calls)
-        spent += samples[-1] * n_calls
+        took = _clock(call, n_calls)
+        if took < _SAMPLE_SECONDS / 2:  # too few calls, which an interruption may have hidden so far
+            n_calls = math.ceil(n_calls * _SAMPLE_SECONDS / max(took, 1e-7))
+            samples, spent = [], 0.0
+            continue
+        samples.append(took / n_calls)
+        spent += took
     return Timing(first, samples)
 
 
@@ -211,6 +213,8 @@ def run_bench(
     _check_numbers("mib", [mib], 0)
     _check_names("task", tasks, TASKS)
     _check_names("dtypes", dtypes, DTYPES)
+    for dtype in dtypes:
+        numpy_dtype(dtype)
     kinds = _kinds(backends, dtypes)
     config = fastce.show_config("dict")
     document: dict[str, Any] = {

@@ -164,12 +164,30 @@ def test_sample_logits(dtype):
     assert 3.5 < x.astype(np.float64).std() < 4.5
 
 
-def test_timed_counts_every_call():
-    calls = []
-    timing = bench.timed(lambda: calls.append(1), 1e-3, lambda: calls.append(2))
-    assert calls[:3] == [1, 2, 1]
-    assert len(timing.samples) >= 5
-    assert len(calls) > 100  # many calls in each sample of something so short
+@pytest.mark.parametrize(
+    ("takes", "n_samples"),
+    [
+        (1e-5, 300),  # 100 calls a sample
+        (0.05, 6),
+        (0.2, 5),  # at least
+        (0.5, 3),  # at least, beyond four times the 0.3 s
+    ],
+)
+def test_timed_repeats_as_often_as_needed(monkeypatch, takes, n_samples):
+    now, calls = 0.0, []
+
+    def call():
+        nonlocal now
+        now += takes
+        calls.append("call")
+
+    monkeypatch.setattr("fastce.bench.time.perf_counter", lambda: now)
+    timing = bench.timed(call, 0.3, lambda: calls.append("second"))
+    assert timing.first == pytest.approx(takes)
+    assert timing.median == pytest.approx(takes)
+    assert len(timing.samples) == pytest.approx(n_samples, abs=1)
+    assert calls.index("second") == 1
+    assert calls.count("second") == 1
 
 
 def test_bandwidth_sweeps_every_word():
