@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from fastce.bench import duration
+
 #: Lines of the summary: (group, contender, seconds, GB/s, errors).
-RESULTS = pytest.StashKey[list[tuple[str, str, float, float, dict[str, float]]]]()
+RESULTS = pytest.StashKey[list[tuple[str, str, float, float, dict[str, Any]]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,5 +30,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             if f"{what}_max_ulp" in errors
         )
         terminalreporter.write_line(
-            f"{contender:24} {seconds * 1e3:9.2f} ms {rate:6.1f} GB/s   {largest}"
+            f"{contender:24} {duration(seconds):>8} {rate:6.1f} GB/s   {largest}"
         )

@@ -8,218 +8,310 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastce import registry
+from fastce.bench import numpy_dtype
 
 Array = Any  # a NumPy array or the library's own
+Call = Callable[[], Any]
+
+_HALF = ("float16", "bfloat16")
 
 
 class AbsentError(RuntimeError):
-    """A contender cannot run here; the message says why."""
+    """A contender cannot run here, or not on such logits; the message says why."""
+
+
+class Batch(NamedTuple):
+    """What a contender gets."""
+
+    logits: NDArray[Any]
+    targets: NDArray[np.int64]
+    axis: int  # of the classes
+
+    @property
+    def dtype(self) -> str:
+        """The name of the logits' dtype."""
+        return self.logits.dtype.name
 
 
 class Contender(Protocol):
-    """One way to compute the loss and the gradient."""
+    """One way to compute the loss and the gradient, with the number of threads it was loaded with.
 
-    def inputs(self, logits: NDArray[Any], targets: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return the inputs as the library wants them; called once per workload, not timed."""
+    Its methods return the call to time. What a library wants done once, such as a conversion to its
+    own arrays, happens before they return.
+    """
+
+    #: Whether it can write the gradient into an array it is given.
+    fills: bool
+
+    def loss(self, batch: Batch) -> Call:
+        """Return a call that returns the losses."""
         ...
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        """Return the losses."""
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        """Return a call that returns losses and gradient, the latter in ``grad`` if that can be."""
         ...
 
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        """Return losses and gradient, the latter in the buffer if the library can write there."""
+    def to_numpy(self, array: Array) -> NDArray[Any]:
+        """Return a result as a NumPy array of the same dtype."""
         ...
 
 
-class _TakesNumpy:
-    def inputs(
-        self, logits: NDArray[Any], targets: NDArray[np.int64]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        return logits, targets
+class _Numbers:
+    """What takes and returns NumPy arrays."""
+
+    fills = True
+
+    def to_numpy(self, array: Array) -> NDArray[Any]:
+        return np.asarray(array)
 
 
-class _Fastce(_TakesNumpy):
-    def __init__(self, backend: registry.Backend) -> None:
+class _Fastce(_Numbers):
+    def __init__(self, backend: registry.Backend, num_threads: int) -> None:
         reason = registry.why_unavailable(backend)
         if reason is not None:
             raise AbsentError(reason)
         import fastce
 
-        self._backend = backend.name
-        self._fastce = fastce
+        self._backend, self._fastce = backend, fastce
+        self._how = {"reduction": "none", "num_threads": num_threads, "backend": backend.name}
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        return self._fastce.cross_entropy(
-            logits, targets, reduction="none", num_threads=num_threads, backend=self._backend
+    def loss(self, batch: Batch) -> Call:
+        return functools.partial(
+            self._fastce.cross_entropy, *self._arguments(batch), **self._how_on(batch)
         )
 
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        return self._fastce.cross_entropy_with_grad(
-            logits,
-            targets,
-            reduction="none",
-            out=grad_buffer,
-            num_threads=num_threads,
-            backend=self._backend,
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        return functools.partial(
+            self._fastce.cross_entropy_with_grad,
+            *self._arguments(batch),
+            out=grad,
+            **self._how_on(batch),
         )
 
+    def _arguments(self, batch: Batch) -> tuple[Array, Array]:
+        if batch.dtype not in self._backend.dtypes:
+            raise AbsentError(f"no kernels for {batch.dtype}")
+        return batch.logits, batch.targets
 
-class _Numpy(_TakesNumpy):
-    """In the logits' dtype, with one temporary at most; NumPy's loops use one thread."""
+    def _how_on(self, batch: Batch) -> dict[str, Any]:
+        return self._how if batch.axis == -1 else {**self._how, "axis": batch.axis}
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        return self._exp(logits, targets, np.empty_like(logits))[0]
 
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        losses, total = self._exp(logits, targets, grad_buffer)
-        grad_buffer /= total
-        grad_buffer[np.arange(len(targets)), targets] -= 1
-        return losses, grad_buffer
+class _Numpy(_Numbers):
+    """In the logits' dtype, with one temporary at most; half logits by way of float32.
+
+    NumPy's loops use one thread.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        pass
+
+    def loss(self, batch: Batch) -> Call:
+        return lambda: self._exp(batch, None)[0]
+
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        half = batch.dtype in _HALF
+        at = np.expand_dims(batch.targets, batch.axis)
+
+        def call() -> tuple[Array, Array]:
+            losses, work, total = self._exp(batch, None if half else grad)
+            work /= total
+            at_target = np.take_along_axis(work, at, axis=batch.axis)
+            np.put_along_axis(work, at, at_target - 1, axis=batch.axis)
+            if not half:
+                return losses, work
+            if grad is None:
+                return losses, work.astype(batch.logits.dtype)
+            grad[...] = work
+            return losses, grad
+
+        return call
 
     @staticmethod
-    def _exp(logits: Array, targets: Array, work: Array) -> tuple[Array, Array]:
-        np.subtract(logits, logits.max(axis=1, keepdims=True), out=work)
-        target_logit = np.take_along_axis(work, targets[:, None], axis=1)
+    def _exp(batch: Batch, work: Array | None) -> tuple[Array, Array, Array]:
+        logits, targets, axis = batch
+        if batch.dtype in _HALF:
+            logits = work = logits.astype(np.float32)
+        work = np.subtract(logits, logits.max(axis=axis, keepdims=True), out=work)
+        target_logit = np.take_along_axis(work, np.expand_dims(targets, axis), axis=axis)
         np.exp(work, out=work)
-        total = work.sum(axis=1, keepdims=True)
-        return (np.log(total) - target_logit)[:, 0], total
+        total = work.sum(axis=axis, keepdims=True)
+        return np.squeeze(np.log(total) - target_logit, axis=axis), work, total
 
 
-class _Scipy(_TakesNumpy):
+class _Scipy(_Numbers):
     """One thread, as NumPy."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
         from scipy.special import log_softmax
 
         self._log_softmax = log_softmax
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        log_p = self._log_softmax(logits, axis=1)
-        return -np.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
+    def loss(self, batch: Batch) -> Call:
+        self._check(batch)
+        return lambda: self._losses(batch)[0]
 
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        log_p = self._log_softmax(logits, axis=1)
-        losses = -np.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
-        np.exp(log_p, out=grad_buffer)
-        grad_buffer[np.arange(len(targets)), targets] -= 1
-        return losses, grad_buffer
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        self._check(batch)
+        at = np.expand_dims(batch.targets, batch.axis)
+
+        def call() -> tuple[Array, Array]:
+            losses, log_p = self._losses(batch)
+            found = np.exp(log_p, out=log_p if grad is None else grad)
+            np.put_along_axis(found, at, np.take_along_axis(found, at, batch.axis) - 1, batch.axis)
+            return losses, found
+
+        return call
+
+    def _losses(self, batch: Batch) -> tuple[Array, Array]:
+        log_p = self._log_softmax(batch.logits, axis=batch.axis)
+        at = np.expand_dims(batch.targets, batch.axis)
+        return -np.squeeze(np.take_along_axis(log_p, at, batch.axis), axis=batch.axis), log_p
+
+    @staticmethod
+    def _check(batch: Batch) -> None:
+        if batch.dtype in _HALF:
+            raise AbsentError("no half precision of its own")
 
 
-class _Sklearn:
+class _Sklearn(_Numbers):
     """The loss behind scikit-learn's LogisticRegression and gradient boosting."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
         from sklearn._loss.loss import HalfMultinomialLoss
 
-        self._make = HalfMultinomialLoss
+        self._make, self._n_threads = HalfMultinomialLoss, num_threads
 
-    def inputs(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        self._loss = self._make(n_classes=logits.shape[1])
-        return logits, targets.astype(logits.dtype)  # it takes the targets in the logits' dtype
+    def loss(self, batch: Batch) -> Call:
+        loss, targets = self._prepare(batch)
+        return functools.partial(loss.loss, targets, batch.logits, n_threads=self._n_threads)
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        return self._loss.loss(targets, logits, n_threads=num_threads)
-
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        return self._loss.loss_gradient(
-            targets, logits, gradient_out=grad_buffer, n_threads=num_threads
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        loss, targets = self._prepare(batch)
+        return functools.partial(
+            loss.loss_gradient,
+            targets,
+            batch.logits,
+            gradient_out=grad,
+            n_threads=self._n_threads,
         )
+
+    def _prepare(self, batch: Batch) -> tuple[Any, Array]:
+        if batch.dtype in _HALF:
+            raise AbsentError("float32 and float64 only")
+        if not batch.logits.flags.c_contiguous or batch.axis != -1:
+            raise AbsentError("contiguous rows only")
+        # it takes the targets in the logits' dtype
+        return self._make(n_classes=batch.logits.shape[1]), batch.targets.astype(batch.logits.dtype)
 
 
 class _Torch:
     """Eager PyTorch. Autograd returns a fresh gradient: there is no way to hand it a buffer."""
 
-    def __init__(self) -> None:
+    fills = False
+
+    def __init__(self, num_threads: int) -> None:
         import torch
 
+        torch.set_num_threads(num_threads)
         self._torch = torch
-        self._losses = functools.partial(torch.nn.functional.cross_entropy, reduction="none")
 
-    def inputs(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        return self._torch.from_numpy(logits), self._torch.from_numpy(targets)  # the same memory
+    def loss(self, batch: Batch) -> Call:
+        return functools.partial(self._losses(), *self._tensors(batch))
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        self._set_threads(num_threads)
-        with self._torch.no_grad():
-            return self._losses(logits, targets)
-
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        self._set_threads(num_threads)
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        losses_of, (logits, targets) = self._losses(), self._tensors(batch)
         leaf = logits.detach().requires_grad_()
-        losses = self._losses(leaf, targets)
-        (grad,) = self._torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), grad
 
-    def _set_threads(self, num_threads: int) -> None:
-        if self._torch.get_num_threads() != num_threads:
-            self._torch.set_num_threads(num_threads)
+        def call() -> tuple[Array, Array]:
+            losses = losses_of(leaf, targets)
+            (found,) = self._torch.autograd.grad(losses.sum(), leaf)
+            return losses.detach(), found
+
+        # The gradient has the classes where the tensor has them, the second axis; `to_numpy` of a
+        # view moves them back.
+        if batch.axis in (-1, 1):
+            return call
+        return lambda: self._moved_back(call(), batch.axis)
+
+    def to_numpy(self, array: Array) -> NDArray[Any]:
+        if array.dtype == self._torch.bfloat16:
+            return array.view(self._torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return array.numpy()
+
+    def _losses(self) -> Callable[[Array, Array], Array]:
+        return functools.partial(self._torch.nn.functional.cross_entropy, reduction="none")
+
+    def _tensors(self, batch: Batch) -> tuple[Array, Array]:
+        """Return tensors on the same memory, the classes in the second axis."""
+        from_numpy = self._torch.from_numpy
+        if batch.dtype == "bfloat16":  # which from_numpy does not know
+            logits = from_numpy(batch.logits.view(np.int16)).view(self._torch.bfloat16)
+        else:
+            logits = from_numpy(batch.logits)
+        return self._torch.movedim(logits, batch.axis, 1), from_numpy(batch.targets)
+
+    def _moved_back(self, result: tuple[Array, Array], axis: int) -> tuple[Array, Array]:
+        return result[0], self._torch.movedim(result[1], 1, axis)
 
 
 class _TorchCompile(_Torch):
     """PyTorch through its compiler; the compilation falls into the first call."""
 
-    def inputs(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+    def _losses(self) -> Callable[[Array, Array], Array]:
         self._torch.compiler.reset()  # each shape gets code of its own, not a general one
         cross_entropy = self._torch.nn.functional.cross_entropy
-        self._losses = self._torch.compile(
-            lambda x, t: cross_entropy(x, t, reduction="none"), dynamic=False
-        )
-        return super().inputs(logits, targets)
+        return self._torch.compile(lambda x, t: cross_entropy(x, t, reduction="none"), dynamic=False)
 
 
 class _Jax:
     """``jax.jit`` of optax's formula. XLA uses all cores the process has: it takes no number."""
 
-    def __init__(self) -> None:
+    fills = False
+
+    def __init__(self, num_threads: int) -> None:
         import jax
 
         jax.config.update("jax_enable_x64", True)
         self._jax = jax
-        self._loss = jax.jit(self._losses)
+
+    def loss(self, batch: Batch) -> Call:
+        logits, targets = self._arrays(batch)
+        losses = self._jax.jit(functools.partial(self._losses, axis=batch.axis))
+        return lambda: losses(logits, targets).block_until_ready()
+
+    def loss_grad(self, batch: Batch, grad: NDArray[Any] | None) -> Call:
+        logits, targets = self._arrays(batch)
         # The vector-Jacobian product returns the losses with the gradient, from one evaluation.
-        self._loss_grad = jax.jit(self._losses_and_grad)
+        both = self._jax.jit(functools.partial(self._losses_and_grad, axis=batch.axis))
+        return lambda: self._jax.block_until_ready(both(logits, targets))
 
-    def inputs(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        return self._jax.numpy.asarray(logits), self._jax.numpy.asarray(targets)
+    def to_numpy(self, array: Array) -> NDArray[Any]:
+        return np.asarray(array)
 
-    def loss(self, logits: Array, targets: Array, num_threads: int) -> Array:
-        return self._loss(logits, targets).block_until_ready()
+    def _arrays(self, batch: Batch) -> tuple[Array, Array]:
+        if not batch.logits.flags.c_contiguous:
+            raise AbsentError("its arrays have no strides")
+        return self._jax.numpy.asarray(batch.logits), self._jax.numpy.asarray(batch.targets)
 
-    def loss_grad(
-        self, logits: Array, targets: Array, grad_buffer: NDArray[Any], num_threads: int
-    ) -> tuple[Array, Array]:
-        return self._jax.block_until_ready(self._loss_grad(logits, targets))
-
-    def _losses(self, logits: Array, targets: Array) -> Array:
+    def _losses(self, logits: Array, targets: Array, axis: int) -> Array:
         jnp = self._jax.numpy
-        target_logit = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return self._jax.nn.logsumexp(logits, axis=1) - target_logit
+        at = jnp.expand_dims(targets, axis)
+        target_logit = jnp.take_along_axis(logits, at, axis=axis).squeeze(axis)
+        return self._jax.nn.logsumexp(logits, axis=axis) - target_logit
 
-    def _losses_and_grad(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        losses, backward = self._jax.vjp(lambda x: self._losses(x, targets), logits)
+    def _losses_and_grad(self, logits: Array, targets: Array, axis: int) -> tuple[Array, Array]:
+        losses, backward = self._jax.vjp(lambda x: self._losses(x, targets, axis), logits)
         return losses, backward(self._jax.numpy.ones_like(losses))[0]
 
 
-CONTENDERS: dict[str, Callable[[], Contender]] = {
+CONTENDERS: dict[str, Callable[[int], Contender]] = {
     **{f"fastce-{b.name}": functools.partial(_Fastce, b) for b in registry.BACKENDS},
     "numpy": _Numpy,
     "scipy": _Scipy,
@@ -229,10 +321,23 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "jax": _Jax,
 }
 
+# The slow ones stop at this many logits: their figures are no news, and would take most of a run.
+_MAX_ELEMENTS = {
+    "fastce-numpy": 12_000_000,
+    "scipy": 12_000_000,
+    "numpy float16": 12_000_000,  # 100 ns to convert what is subnormal there
+}
 
-def load(name: str) -> Contender:
+
+def too_slow(name: str, dtype: str, n_elements: int) -> bool:
+    """Whether a contender is left out of a workload of this size."""
+    limit = _MAX_ELEMENTS.get(name, _MAX_ELEMENTS.get(f"{name} {dtype}"))
+    return limit is not None and n_elements > limit
+
+
+def load(name: str, num_threads: int) -> Contender:
     """Import what a contender needs and return it, or raise `AbsentError` with the reason."""
     try:
-        return CONTENDERS[name]()
+        return CONTENDERS[name](num_threads)
     except ImportError as error:
         raise AbsentError(error.msg.partition(" (")[0]) from error  # without the path in parentheses

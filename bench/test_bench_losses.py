@@ -13,7 +13,7 @@ import measure
 import pytest
 from conftest import RESULTS
 from pytest_benchmark.fixture import BenchmarkFixture
-from workloads import TASKS, WORKLOADS
+from workloads import WORKLOADS
 
 from fastce import cpu
 
@@ -21,21 +21,36 @@ _load = functools.cache(contenders.load)
 # One at a time: the largest takes 1 GB. The workload is the outermost parameter, so one is enough.
 _prepare = functools.lru_cache(maxsize=1)(measure.prepare)
 
+# What peers warn of is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+_SMALL = 10_000  # elements; below, many calls are averaged in each round
+
 
 @pytest.mark.parametrize("name", contenders.CONTENDERS)
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+@pytest.mark.parametrize(
+    ("workload", "task"),
+    [
+        pytest.param(workload, task, id=f"{workload.name}-{task}")
+        for workload in WORKLOADS.values()
+        for task in workload.tasks
+    ],
+)
 def test_losses(benchmark: BenchmarkFixture, request, workload, task, name):
+    if contenders.too_slow(name, workload.dtype, workload.n_elements):
+        pytest.skip(f"{name}: too slow")
+    n_threads = cpu.usable_cores()
     try:
-        contender = _load(name)
+        contender = _load(name, n_threads)
+        inputs = _prepare(workload)
+        call = measure.bind(contender, inputs, task)
     except contenders.AbsentError as absent:
         pytest.skip(f"{name}: {absent}")
-    inputs = _prepare(workload)
-    n_threads = cpu.usable_cores()
     benchmark.group = f"{workload.name} {task}"
-    call = measure.bind(contender, inputs, task, n_threads)
-    found = measure.errors(call(), task, inputs)  # the warm-up: compilation is not timed
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    # the warm-up: compilation is not timed
+    found = measure.errors(contender, call(), task, inputs)
+    n_calls = 1000 if workload.n_elements < _SMALL else 1
+    benchmark.pedantic(call, rounds=5, iterations=n_calls, warmup_rounds=1)
     benchmark.extra_info.update(found, n_threads=n_threads)
     if benchmark.enabled:
         seconds = benchmark.stats.stats.median

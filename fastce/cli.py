@@ -29,6 +29,8 @@ _EPILOGUE = """Examples:
     fastce score 'logits-*.npy' --targets targets.npy --out scores
     fastce score logits.npy --targets targets.npy -o json > figures.json
     fastce doctor
+    fastce bench --dtypes float32,float64 -o json > bench.json
+    fastce bench --compare bench.json
 """
 
 app = App(
@@ -46,11 +48,20 @@ def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(int(part) for token in tokens for part in token.value.split(","))
 
 
+def _names(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(part for token in tokens for part in token.value.split(","))
+
+
+def _commas(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))
+
+
 Format = Annotated[Literal["table", "json"], Parameter(name=["--format", "-o"])]
-TopK = Annotated[
-    tuple[int, ...],
-    Parameter(converter=_whole_numbers, n_tokens=1, show_default=lambda ks: ",".join(map(str, ks))),
-]
+_NUMBERS = Parameter(converter=_whole_numbers, n_tokens=1)
+_NAMES = Parameter(converter=_names, n_tokens=1)
+_COMMAS = Parameter(show_default=_commas)
+Numbers = Annotated[tuple[int, ...], _NUMBERS, _COMMAS]
+Names = Annotated[tuple[str, ...], _NAMES, _COMMAS]
 
 
 @app.command
@@ -63,7 +74,7 @@ def score(
     format_: Format = "table",
     ignore_index: int | None = -100,
     n_bytes: Annotated[int | None, Parameter(name="--bytes")] = None,
-    top_k: TopK = (1, 5),
+    top_k: Numbers = (1, 5),
     block_mib: int = 64,
     num_threads: int | None = None,
     backend: str | None = None,
@@ -181,6 +192,83 @@ def doctor(*, format_: Format = "table") -> int:
         _print_json(config)
     else:
         terminal.print_config(config)
+    return 0
+
+
+@app.command
+def bench(
+    *,
+    backends: Annotated[tuple[str, ...] | None, _NAMES] = None,
+    dtypes: Names = ("float32",),
+    classes: Numbers = (10, 1000, 32_000),
+    threads: Annotated[tuple[int, ...] | None, _NUMBERS] = None,
+    task: Names = ("loss", "loss+grad"),
+    mib: float = 256,
+    seconds: float = 0.3,
+    format_: Annotated[
+        Literal["table", "md", "csv", "json"], Parameter(name=["--format", "-o"])
+    ] = "table",
+    compare: Path | None = None,
+    quiet: bool = False,
+) -> int:
+    """Time the kernels on this machine, beside what its memory can do in the same run.
+
+    Every combination of the values given is timed. A list is written with commas.
+
+    Parameters
+    ----------
+    backends
+        Names that `fastce doctor` lists. Default: all available but numpy.
+    dtypes
+        Of float64, float32, float16, bfloat16.
+    classes
+        Numbers of classes.
+    threads
+        Numbers of threads. Default: the cores this process may use.
+    task
+        Of loss, loss+grad; the gradient goes into an existing array.
+    mib
+        Size of the logits. What fits a cache may be faster than memory.
+    seconds
+        Time for each combination, once warm; slow ones take up to four times as much.
+    format_
+        How the figures are printed.
+    compare
+        Results of an earlier run, made with -o json; adds old time over new time.
+    quiet
+        Show no progress.
+    """
+    from fastce import BackendUnavailable, terminal
+    from fastce import bench as benchmark
+
+    try:
+        old = benchmark.read_results(compare) if compare else None
+        with terminal.progress("timing", quiet=quiet) as show:
+            results = benchmark.run_bench(
+                backends=backends or (),
+                dtypes=dtypes,
+                n_classes=classes,
+                num_threads=threads or (),
+                tasks=task,
+                mib=mib,
+                seconds=seconds,
+                progress=show,
+            )
+    except benchmark.ResultsError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except ValueError as error:
+        return _fail(str(error), _USAGE)
+    except BackendUnavailable as error:
+        return _fail(str(error), _FAILURE)
+    notes = benchmark.compare(results, old) if old else []
+    if format_ == "json":
+        _print_json(results)
+    elif format_ == "table":
+        terminal.print_bench(benchmark.about(results), *benchmark.table(results))
+    else:
+        print(benchmark.as_markdown(results) if format_ == "md" else benchmark.as_csv(results))
+    for note in notes:
+        terminal.say(f"fastce: {note}")
     return 0
 
 

@@ -109,6 +109,21 @@ def _speed(rows_per_second: float, bytes_per_second: float) -> str:
     return f"{rows_per_second:,.0f} rows/s, {bytes_per_second / 1e9:.2f} GB/s"
 
 
+def print_bench(about: list[str], head: list[str], rows: list[list[str]]) -> None:
+    """Print what `fastce bench` measured: where, and one row for each combination."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in head:
+        table.add_column(name, justify="left" if name in ("backend", "dtype", "task") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe or a file has no width to fit into
+        console.width = 200
+    for line in about:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(table)
+
+
 def print_config(config: dict[str, Any]) -> None:
     """Print what `fastce.show_config` returns."""
     table = Table(box=SIMPLE_HEAD)

@@ -28,8 +28,10 @@ ALLOWED = {
     "scoring": {"kernels", "registry", "scoring", "stats", "__version__"},
     # the library's users: what is public, and the scoring they show
     "demo": {"", "scoring"},
+    "bench": {"", "bandwidth", "cpu", "registry"},
+    "bandwidth": set(),
     "terminal": {"scoring"},
-    "cli": {"BackendUnavailable", "demo", "score_files", "scoring", "show_config", "terminal"}
+    "cli": {"BackendUnavailable", "bench", "demo", "score_files", "scoring", "show_config", "terminal"}
     | {"__version__"},
     "__main__": {"cli"},
 }
