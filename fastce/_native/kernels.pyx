@@ -56,6 +56,9 @@ OPENMP = bool(FASTCE_OPENMP)
 
 # Work of fewer elements, a few microseconds, keeps the interpreter lock: giving it back costs more.
 cdef ptrdiff_t _KEEPS_LOCK = 8192
+# Each thread takes about this many turns: enough to even out what else runs on the cores, few enough that
+# what it takes is one stretch of memory, whose fresh pages it alone touches.
+cdef ptrdiff_t _TURNS = 16
 # Where classes are not neighbours, rows are: a work item takes a cache line of them or more.
 cdef ptrdiff_t _TURNED_ROWS = 16
 
@@ -153,7 +156,7 @@ cdef ptrdiff_t _run_tiles(
     """Return the number of ignored rows, or -1 without memory."""
     cdef bint turned = call.class_stride != 1 or (call.grad != NULL and call.grad_class_stride != 1)
     cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
-    cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, n_ignored = 0
+    cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_ignored = 0
     cdef size_t size = kernels.scratch(call)
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
     cdef char *scratch = NULL
@@ -167,7 +170,8 @@ cdef ptrdiff_t _run_tiles(
             n_ignored += kernels.rows(call, item * step, min(step, n_rows - item * step), tile,
                                       scratch, sums + item * step // tile)
     else:
-        for item in prange(n_items, num_threads=n_threads, schedule="static"):
+        chunk = max(1, n_items // (_TURNS * n_threads))
+        for item in prange(n_items, num_threads=n_threads, schedule="dynamic", chunksize=chunk):
             n_ignored += kernels.rows(call, item * step, min(step, n_rows - item * step), tile,
                                       scratch + size * threadid(), sums + item * step // tile)
     free(scratch)

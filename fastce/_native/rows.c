@@ -14,6 +14,8 @@
 #endif
 /* A call of these would save and load every vector register, and lose the constants in them. */
 #define INLINE inline __attribute__((always_inline))
+/* Without it, GCC would make every combination of these a function of its own. */
+#define NOINLINE __attribute__((noinline))
 #define PREFETCH(address) __builtin_prefetch(address)
 
 /* ---- Halves, one at a time: exact one way, to nearest and ties to even the other ---- */
