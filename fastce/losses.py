@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastce import registry, threads
 from fastce.kernels import exact_sum, tile_rows
 from fastce.problem import (
+    FORMAT_NAMES,
+    REDUCTIONS,
     Problem,
     RowView,
     check,
@@ -140,6 +142,10 @@ def cross_entropy(
     >>> round(fastce.cross_entropy(logits, [0, -100]), 6)
     0.41703
     """
+    if out is None and dtype is None and axis == -1 and reduction in REDUCTIONS:
+        done = _plain(logits, targets, ignore_index, reduction, False, num_threads, backend)
+        if done is not None:
+            return done[0]
     problem = check(logits, targets, axis=axis, ignore_index=ignore_index, dtype=dtype)
     check_reduction(reduction)
     if out is not None:
@@ -206,6 +212,10 @@ def cross_entropy_with_grad(
     >>> grad
     array([[ 0.5, -0.5]])
     """
+    if out is grad_output is dtype is None and axis == -1 and reduction in REDUCTIONS:
+        done = _plain(logits, targets, ignore_index, reduction, True, num_threads, backend)
+        if done is not None:
+            return done
     problem = check(
         logits, targets, axis=axis, ignore_index=ignore_index, dtype=dtype, out=out
     )
@@ -226,6 +236,36 @@ def cross_entropy_with_grad(
         backend=backend,
     )
     return _reduce(total, losses, problem, n_kept, reduction), grad
+
+
+def _plain(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    ignore_index: int | None,
+    reduction: str,
+    with_grad: bool,
+    num_threads: int | None,
+    backend: str | None,
+) -> Any:
+    """Return loss and gradient of a small call of plain arrays; None where the long way is to be taken."""
+    if type(logits) is not np.ndarray or logits.size >= threads.SERIAL_ELEMENTS:
+        return None
+    name = FORMAT_NAMES.get(logits.dtype)
+    if name is None:
+        return None
+    threads.requested(num_threads)
+    mean = reduction == "mean"
+    done = registry.load(registry.choose(backend, name)).plain(
+        logits,
+        targets,
+        ignore_index,
+        threads.SERIAL_ELEMENTS,
+        reduction == "none",
+        None if not with_grad else 1.0 / len(logits) if mean else 1.0,
+    )
+    if done is None or not mean:
+        return done
+    return done[0] / len(logits), done[1]
 
 
 def run(

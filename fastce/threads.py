@@ -11,7 +11,7 @@ from fastce import cpu
 
 # Below the first figure, some 15 us of work, a second thread saves little more than entering a parallel
 # region costs (2 us when warm, far more when cold). Above, each further thread needs the second.
-_SERIAL_ELEMENTS = 32_768
+SERIAL_ELEMENTS = 32_768
 _ELEMENTS_PER_THREAD = 16_384
 
 # Read once: a look-up in os.environ would take a third of the time of a small call.
@@ -75,7 +75,7 @@ def automatic(runtime_max: int) -> int:
 def resolve(num_threads: int | None, n_elements: int, runtime_max: Callable[[], int]) -> int:
     """Return the threads to use for a call over ``n_elements`` logits."""
     count = requested(num_threads).number
-    if count == 1 or n_elements < _SERIAL_ELEMENTS:
+    if count == 1 or n_elements < SERIAL_ELEMENTS:
         return 1
     if count is None:
         count = automatic(runtime_max())

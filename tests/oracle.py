@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import ml_dtypes
 import mpmath
 import numpy as np
 from numpy.typing import NDArray
@@ -62,14 +63,17 @@ def ulp_errors(values: NDArray, exact: Pair) -> NDArray[np.float64]:
 
     Below the smallest normal number, any number of the right sign down to 0 counts as exact.
     """
+    half = values.dtype
     high, low = (np.reshape(part, values.shape) for part in exact)
-    tiny = np.finfo(values.dtype).tiny
+    tiny = float(ml_dtypes.finfo(values.dtype).tiny)
     with np.errstate(over="ignore", invalid="ignore"):
-        rounded = high.astype(values.dtype)
-        ulp = np.spacing(np.abs(rounded)).astype(np.float64)
-        errors = np.abs((values.astype(np.float64) - high) - low) / ulp
+        rounded = high.astype(values.dtype).astype(np.float64)
+        ulp = np.spacing(np.abs(rounded).astype(values.dtype)).astype(np.float64)
+        values = values.astype(np.float64)
+        errors = np.abs((values - high) - low) / ulp
     same = (values == rounded) | (np.isnan(values) & np.isnan(rounded))
     small = (np.abs(high) < tiny) & (np.abs(values) <= tiny) & (values * np.sign(high) >= 0)
+    small &= half != np.float16
     errors[(same & ~np.isfinite(rounded)) | small] = 0.0
     errors[np.isnan(errors)] = np.inf
     return errors

@@ -12,19 +12,27 @@ import hypothesis.strategies as st
 import numpy as np
 import oracle
 import pytest
-from cases import SIZES
+from cases import HALVES, SIZES
 from tolerances import FINITE_DIFFERENCE_ABS, LOSS_ULP
 
 import fastce
 
 INF, NAN = np.inf, np.nan
 DTYPES = ("float32", "float64")
+ALL_DTYPES = DTYPES + HALVES
 # Narrow rows, one block, several blocks: the three ways through a compiled kernel.
 WIDTHS = (3, 10, 40, 700, 2100)
 
 
 def both(x, y, backend, **options):
     return fastce.cross_entropy_with_grad(x, y, backend=backend, reduction="none", **options)
+
+
+def assert_same_bits(got, expected, message=""):
+    assert got.dtype == expected.dtype
+    kind = f"u{got.itemsize}"
+    same = np.ascontiguousarray(got).view(kind) == np.ascontiguousarray(expected).view(kind)
+    assert (same | (np.isnan(got) & np.isnan(expected))).all(), message
 
 
 def problem(n_rows, n_classes, dtype="float32", seed=0):
@@ -255,7 +263,7 @@ def layouts(x):
     misaligned[:] = x
     read_only = x.copy()
     read_only.flags.writeable = False
-    return {
+    found = {
         "Fortran": np.asfortranarray(x),
         "every other column": wide[:, ::2],
         "padded rows": padded[:, :c],
@@ -263,23 +271,162 @@ def layouts(x):
         "columns backwards": x[:, ::-1].copy()[:, ::-1],
         "misaligned": misaligned,
         "read-only": read_only,
-        "other byte order": x.astype(x.dtype.newbyteorder()),
     }
+    if x.dtype.name != "bfloat16":  # whose type knows no other order
+        found["other byte order"] = x.astype(x.dtype.newbyteorder())
+    return found
 
 
-@pytest.mark.parametrize("n_classes", [10, 65, 1500])
-def test_any_layout_gives_the_same_bits(backend, n_classes):
-    x, y = problem(37, n_classes)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("n_classes", [2, 3, 10, 31, 65, 700, 1500])
+def test_any_layout_gives_the_same_bits(backend, dtype, n_classes):
+    x, y = problem(37, n_classes, dtype)
+    y[5] = -100
+    x[7, n_classes // 2] = NAN
+    x[9, 0] = -INF
     loss, grad = both(x, y, backend)
     for name, view in layouts(x).items():
         got_loss, got_grad = both(view, y, backend)
-        np.testing.assert_array_equal(got_loss, loss, err_msg=name)
-        np.testing.assert_array_equal(got_grad, grad, err_msg=name)
+        assert_same_bits(got_loss, loss, name)
+        assert_same_bits(got_grad, grad, name)
+        if view.flags.writeable and view.dtype.isnative:
+            both(view, y, backend, out=view)
+            assert_same_bits(view, grad, f"{name}, in place")
     for name, out in layouts(np.zeros_like(x)).items():
         if out.flags.writeable:
-            got = fastce.cross_entropy_with_grad(x, y, reduction="none", out=out, backend=backend)
+            got = both(x, y, backend, out=out)
             assert got[1] is out
-            np.testing.assert_array_equal(out, grad, err_msg=name)
+            assert_same_bits(out.astype(dtype), grad, name)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("inner", [1, 5, 16, 45])
+@pytest.mark.parametrize("n_classes", [10, 40, 1100])
+def test_classes_in_the_middle_give_the_same_bits(backend, dtype, inner, n_classes):
+    x, y = problem(3 * inner, n_classes, dtype)
+    loss, grad = both(x, y, backend)
+    middle = np.ascontiguousarray(x.reshape(3, inner, n_classes).swapaxes(1, 2))
+    y = y.reshape(3, inner)
+    got_loss, got_grad = both(middle, y, backend, axis=1)
+    assert_same_bits(got_loss.reshape(-1), loss)
+    assert_same_bits(got_grad.swapaxes(1, 2).reshape(x.shape), grad)
+    both(middle, y, backend, axis=1, out=middle)
+    assert_same_bits(middle, got_grad, "in place")
+
+
+def test_batch_axes_that_do_not_merge(backend):
+    """Three batch axes in an order that no two strides describe: copied a block at a time."""
+    x, y = problem(4 * 5 * 6, 12)
+    loss, grad = both(x, y, backend)
+    view = x.reshape(4, 5, 6, 12).transpose(2, 1, 0, 3).copy().transpose(2, 1, 0, 3)
+    got_loss, got_grad = both(view, y.reshape(4, 5, 6), backend)
+    assert_same_bits(got_loss.reshape(-1), loss)
+    assert_same_bits(got_grad.reshape(x.shape), grad)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("n_classes", [2, 10, 40, 1000, 2100])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_a_gradient_past_the_caches_has_the_same_bits(
+    backend, dtype, n_classes, offset, monkeypatch
+):
+    x, y = problem(150, n_classes, dtype)
+    y[3] = -100
+    _, grad = both(x, y, backend)
+    monkeypatch.setattr("fastce.losses._STREAM_BYTES", 0)
+    memory = np.full(x.size + offset + 1, 7, dtype)
+    out = memory[offset:-1].reshape(x.shape)
+    both(x, y, backend, out=out)
+    assert_same_bits(out, grad)
+    assert (memory[:offset] == 7).all()
+    assert memory[-1] == 7
+
+
+@pytest.mark.parametrize("n_classes", [10, 300])
+@pytest.mark.parametrize("half", HALVES)
+def test_half_logits_into_another_dtype(backend, half, n_classes):
+    """Computed in float32 and rounded once, not to half first."""
+    x, y = problem(40, n_classes, half)
+    loss, grad = both(x.astype("float32"), y, backend)
+    for dtype in ("float32", "float64"):
+        out = np.empty(x.shape, dtype)
+        assert_same_bits(both(x, y, backend, out=out)[0], loss)
+        assert_same_bits(out, grad.astype(dtype))
+
+
+@pytest.mark.parametrize("n_classes", [10, 300])
+def test_the_bits_of_bfloat16(backend, n_classes):
+    x, y = problem(40, n_classes, "bfloat16")
+    loss, grad = both(x, y, backend)
+    bits = x.view(np.uint16)
+    got_loss, got_grad = both(bits, y, backend, dtype="bfloat16")
+    assert_same_bits(got_loss, loss)
+    assert_same_bits(got_grad, grad.view(np.uint16))
+    both(bits, y, backend, dtype="bfloat16", out=bits)
+    assert_same_bits(bits, got_grad, "in place")
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_every_half_is_widened_exactly(backend, half):
+    """All finite numbers, subnormal ones too: log(1 + e^-x) of each, as from float32."""
+    infinity = np.array(INF, half).view(np.uint16)  # the numbers, then this, then NaNs; twice, for the sign
+    values = np.concatenate([np.arange(infinity), np.arange(infinity) + 2**15])
+    values = values.astype(np.uint16).view(half)
+    for n_classes in (2, 40):
+        x = np.zeros((len(values), n_classes), half)
+        x[:, 1] = values
+        y = np.zeros(len(values), np.int64)
+        expected = fastce.cross_entropy(x.astype("float32"), y, reduction="none", backend=backend)
+        assert_same_bits(fastce.cross_entropy(x, y, reduction="none", backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_row_for_all_threads(backend, dtype, order):
+    """Rows of more than 2^18 classes are cut at fixed places."""
+    n_classes = 2 * 2**18 + 4321
+    x, y = problem(3, n_classes, dtype)
+    y[0], y[1] = 2**18 + 5, n_classes - 1
+    x[0, 2**18 + 5] = 30.0
+    x[2, : 2**18] = -INF
+    truth = fastce.cross_entropy_with_grad(
+        x.astype("float64"), y, reduction="none", backend="numpy"
+    )
+    x = np.array(x, order=order)
+    loss, grad = both(x, y, backend, num_threads=1)
+    np.testing.assert_allclose(loss, truth[0], rtol=1e-6 if dtype != "float64" else 1e-14)
+    rtol = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
+    np.testing.assert_allclose(
+        grad.astype("float64"), truth[1], rtol=rtol, atol=6e-8 if dtype == "float16" else 0
+    )
+    for num_threads in (2, 3):
+        got_loss, got_grad = both(x, y, backend, num_threads=num_threads)
+        assert_same_bits(got_loss, loss)
+        assert_same_bits(got_grad, grad)
+    ranks = fastce.row_stats(x, y, backend=backend).rank
+    assert ranks.tolist() == fastce.row_stats(x, y, backend="numpy").rank.tolist()
+    both(x, y, backend, out=x)
+    assert_same_bits(x, grad, "in place")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("n_classes", [1, 10, 40, 600])
+def test_a_small_call_of_plain_arrays_is_like_any_other(backend, dtype, n_classes):
+    """The short way round the checks, which other integers and lists do not take."""
+    x, y = problem(20, n_classes, dtype)
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "backend": backend}
+        short = fastce.cross_entropy_with_grad(x, y, **options)
+        long = fastce.cross_entropy_with_grad(x, y.astype(np.int32), **options)
+        np.testing.assert_array_equal(short[0], long[0])
+        assert_same_bits(short[1], long[1])
+        assert type(short[0]) is type(long[0])
+        np.testing.assert_array_equal(fastce.cross_entropy(x, y, **options), long[0])
+    y[4] = -100
+    np.testing.assert_array_equal(
+        fastce.cross_entropy(x, y, backend=backend),
+        fastce.cross_entropy(x, y.astype(np.int32), backend=backend),
+    )
 
 
 @pytest.mark.parametrize("offset", [1, 3, 7, 15])

@@ -8,6 +8,15 @@ OPENMP: bool
 class RowKernels:
     def __init__(self, isa: str) -> None: ...
     def max_threads(self) -> int: ...
+    def plain(
+        self,
+        logits: object,
+        targets: object,
+        ignore_index: object,
+        max_elements: int,
+        wants_losses: bool,
+        grad_scale: float | None,
+    ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None: ...
     def rows(
         self,
         logits: NDArray[Any],

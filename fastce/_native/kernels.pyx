@@ -63,6 +63,15 @@ cdef ptrdiff_t _TURNS = 16
 cdef ptrdiff_t _TURNED_ROWS = 16
 
 
+# The most rows of a small call: those of one tile.
+cdef enum:
+    _PLAIN_ROWS = 1024
+
+
+cdef int _loss_kind(int kind) noexcept:
+    return cnp.NPY_FLOAT64 if kind == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+
+
 cdef class RowKernels:
     """`fastce.kernels.Kernels` on one instruction set."""
 
@@ -84,6 +93,57 @@ cdef class RowKernels:
         """Return OpenMP's limit: OMP_NUM_THREADS, threadpoolctl, or all cores."""
         return omp_get_max_threads()
 
+    def plain(self, logits, targets, ignore_index, ptrdiff_t max_elements, bint wants_losses, grad_scale):
+        """See `fastce.kernels.Kernels.plain`."""
+        cdef fastce_call call
+        cdef double scale = 1.0, total
+        cdef double[_PLAIN_ROWS] buffer
+        cdef ptrdiff_t n_rows, n_ignored
+        cdef int kind
+        if type(logits) is not cnp.ndarray or type(targets) is not cnp.ndarray:
+            return None
+        kind = cnp.PyArray_TYPE(logits)
+        if (
+            cnp.PyArray_NDIM(logits) != 2 or cnp.PyArray_NDIM(targets) != 1
+            or kind not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64, cnp.NPY_FLOAT16)
+            or cnp.PyArray_TYPE(targets) != cnp.NPY_INT64
+            or not cnp.PyArray_ISCARRAY_RO(logits) or not cnp.PyArray_ISCARRAY_RO(targets)
+        ):
+            return None
+        n_rows, call.n_classes = cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1)
+        if (
+            not 0 < n_rows <= _PLAIN_ROWS or n_rows != cnp.PyArray_DIM(targets, 0)
+            or not 0 < call.n_classes <= max_elements // n_rows
+            or (ignore_index is not None and not (type(ignore_index) is int and ignore_index < 0))
+        ):
+            return None
+        call.logits = cnp.PyArray_DATA(logits)
+        call.outer_stride = call.grad_outer_stride = call.first_row = call.scale_stride = call.stream = 0
+        call.row_stride = call.grad_row_stride = call.n_classes
+        call.class_stride = call.grad_class_stride = 1
+        call.inner = n_rows
+        call.targets = <const int64_t *>cnp.PyArray_DATA(targets)
+        call.ranks = NULL
+        call.grad = NULL
+        losses = grad = None
+        if wants_losses:
+            losses = cnp.PyArray_EMPTY(1, cnp.PyArray_DIMS(logits), _loss_kind(kind), 0)
+        call.losses = <void *>buffer if losses is None else cnp.PyArray_DATA(losses)
+        if grad_scale is not None:
+            scale = grad_scale
+            grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+            call.grad = cnp.PyArray_DATA(grad)
+        call.scale = &scale
+        n_ignored = _run_tiles(self.of(kind), &call, n_rows, n_rows, 1, &total)
+        return None if n_ignored else (total if losses is None else losses, grad)
+
+    cdef const fastce_kernels *of(self, int kind) noexcept:
+        if kind == cnp.NPY_FLOAT32:
+            return self.f32
+        if kind == cnp.NPY_FLOAT64:
+            return self.f64
+        return self.f16 if kind == cnp.NPY_FLOAT16 else self.bf16
+
     def rows(
         self,
         cnp.ndarray logits,
@@ -99,13 +159,7 @@ cdef class RowKernels:
         int num_threads,
     ):
         """See `fastce.kernels.Kernels.rows`; nothing is checked here."""
-        cdef int kind = cnp.PyArray_TYPE(logits)
-        cdef const fastce_kernels *kernels = (
-            self.f32 if kind == cnp.NPY_FLOAT32
-            else self.f64 if kind == cnp.NPY_FLOAT64
-            else self.f16 if kind == cnp.NPY_FLOAT16
-            else self.bf16
-        )
+        cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(logits))
         cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(logits)
         cdef ptrdiff_t n_rows = cnp.PyArray_DIM(targets, 0), tile
         cdef fastce_call call
