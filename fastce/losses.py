@@ -25,8 +25,9 @@ from fastce.problem import (
 
 _Array = NDArray[Any]
 
-# A gradient of this size or more is written past the caches.
-_STREAM_BYTES = 2**25
+# A gradient of this size or more, which will not stay in L2 anyway, is written past the caches: 0.8 to 0.95
+# of the time from 4 MB on at 10 to 32 000 classes, but what reads it next must fetch it from memory.
+_STREAM_BYTES = 2**24
 
 
 @overload
@@ -216,9 +217,7 @@ def cross_entropy_with_grad(
         done = _plain(logits, targets, ignore_index, reduction, True, num_threads, backend)
         if done is not None:
             return done
-    problem = check(
-        logits, targets, axis=axis, ignore_index=ignore_index, dtype=dtype, out=out
-    )
+    problem = check(logits, targets, axis=axis, ignore_index=ignore_index, dtype=dtype, out=out)
     check_reduction(reduction)
     shape = np.shape(logits)
     if out is not None:
@@ -292,9 +291,7 @@ def run(
         losses = np.empty(view.n_rows, problem.dtype)
     out = None if grad is None else _rows_of(grad, problem)
     stream = (
-        grad is not None
-        and grad.nbytes >= _STREAM_BYTES
-        and not np.may_share_memory(grad, view.array)
+        grad is not None and grad.nbytes >= _STREAM_BYTES and not np.may_share_memory(grad, view.array)
     )
     tile = tile_rows(problem.n_classes)
     sums: list[float] = []

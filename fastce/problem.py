@@ -335,9 +335,7 @@ def _two_batch_axes(array: NDArray[Any], n_rows: int) -> NDArray[Any] | None:
     """Return the array as (outer, inner, n_classes) without a copy, or None if that is impossible."""
     *batch, n_classes = array.shape
     shapes = [(1, n_rows, n_classes)]
-    shapes += [
-        (math.prod(batch[:k]), math.prod(batch[k:]), n_classes) for k in range(1, len(batch))
-    ]
+    shapes += [(math.prod(batch[:k]), math.prod(batch[k:]), n_classes) for k in range(1, len(batch))]
     for shape in shapes:
         try:
             return array.reshape(shape, copy=False)

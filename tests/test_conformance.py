@@ -327,9 +327,7 @@ def test_batch_axes_that_do_not_merge(backend):
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("n_classes", [2, 10, 40, 1000, 2100])
 @pytest.mark.parametrize("offset", [0, 1, 5])
-def test_a_gradient_past_the_caches_has_the_same_bits(
-    backend, dtype, n_classes, offset, monkeypatch
-):
+def test_a_gradient_past_the_caches_has_the_same_bits(backend, dtype, n_classes, offset, monkeypatch):
     x, y = problem(150, n_classes, dtype)
     y[3] = -100
     _, grad = both(x, y, backend)
@@ -369,7 +367,9 @@ def test_the_bits_of_bfloat16(backend, n_classes):
 @pytest.mark.parametrize("half", HALVES)
 def test_every_half_is_widened_exactly(backend, half):
     """All finite numbers, subnormal ones too: log(1 + e^-x) of each, as from float32."""
-    infinity = np.array(INF, half).view(np.uint16)  # the numbers, then this, then NaNs; twice, for the sign
+    infinity = np.array(INF, half).view(
+        np.uint16
+    )  # the numbers, then this, then NaNs; twice, for the sign
     values = np.concatenate([np.arange(infinity), np.arange(infinity) + 2**15])
     values = values.astype(np.uint16).view(half)
     for n_classes in (2, 40):
@@ -389,9 +389,7 @@ def test_a_row_for_all_threads(backend, dtype, order):
     y[0], y[1] = 2**18 + 5, n_classes - 1
     x[0, 2**18 + 5] = 30.0
     x[2, : 2**18] = -INF
-    truth = fastce.cross_entropy_with_grad(
-        x.astype("float64"), y, reduction="none", backend="numpy"
-    )
+    truth = fastce.cross_entropy_with_grad(x.astype("float64"), y, reduction="none", backend="numpy")
     x = np.array(x, order=order)
     loss, grad = both(x, y, backend, num_threads=1)
     np.testing.assert_allclose(loss, truth[0], rtol=1e-6 if dtype != "float64" else 1e-14)

@@ -100,7 +100,7 @@ def score_files(
 
     Notes
     -----
-    float16 logits are widened to float32, which is exact. Sums are correctly rounded over fixed chunks
+    float16 logits are widened to float32 in registers, which is exact. Sums are correctly rounded over fixed chunks
     of rows, so neither the block size nor the number of threads changes a bit of the result.
 
     Examples
@@ -117,7 +117,7 @@ def score_files(
     _check_options(top_k, n_bytes, block_mib)
     shards = find_shards(logits, targets)
     folder = None if out is None else _output_folder(Path(out), shards)
-    chosen = registry.choose(backend, shards[0].loss_dtype.name)
+    chosen = registry.choose(backend, shards[0].logits.dtype.name)
     options = _Options(ignore_index, num_threads, chosen.name)
     registry.load(chosen)  # now, so that importing it does not count as scoring
     tally = Tally(top_k)
@@ -193,10 +193,9 @@ class _Blocks:
     """The blocks of rows of shards, one after another in the same memory."""
 
     def __init__(self, block_bytes: int, shards: list[Shard]) -> None:
-        n_classes, dtype, wide = shards[0].n_classes, shards[0].logits.dtype, shards[0].loss_dtype
-        n_rows = min(block_bytes // (n_classes * wide.itemsize), max(s.n_rows for s in shards))
+        n_classes, dtype = shards[0].n_classes, shards[0].logits.dtype
+        n_rows = min(block_bytes // (n_classes * dtype.itemsize), max(s.n_rows for s in shards))
         self._x = np.empty((max(1, n_rows), n_classes), dtype)
-        self._wide = np.empty(self._x.shape, wide) if dtype.itemsize < wide.itemsize else None
 
     def of(self, shard: Shard) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
         """Yield the first row of each block, its logits and its targets."""
@@ -209,11 +208,7 @@ class _Blocks:
                 n = min(len(y), shard.n_rows - row)
                 logits.read_into(self._x[:n])
                 targets.read_into(y[:n])
-                if self._wide is None:
-                    yield row, self._x[:n], y[:n]
-                else:
-                    self._wide[:n] = self._x[:n]
-                    yield row, self._wide[:n], y[:n]
+                yield row, self._x[:n], y[:n]
 
 
 def _score(
