@@ -67,9 +67,9 @@ def exact_sum(values: Iterable[float]) -> float:
 class Kernels(Protocol):
     """The kernels of one backend on one instruction set.
 
-    Row i of ``logits`` is ``logits[i // inner, i % inner]``: two batch axes, so that a class axis in the
-    middle, (N, C, d), needs no copy. Arrays are aligned and of native byte order; ``logits`` and ``grad``
-    have any strides (multiples of the item), the others are contiguous but where said.
+    Row i of ``logits`` is ``logits[i // inner, i % inner]``: two batch axes, so that a class axis in
+    the middle, (N, C, d), needs no copy. Arrays are aligned and of native byte order; ``logits`` and
+    ``grad`` have any strides (multiples of the item), the others are contiguous but where said.
     """
 
     def max_threads(self) -> int:
@@ -85,7 +85,7 @@ class Kernels(Protocol):
         wants_losses: bool,
         grad_scale: float | None,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None:
-        """Do the whole of a small call, if its arguments need no conversion and all targets are classes.
+        """Do the whole of a small call, if no argument needs conversion and all targets are classes.
 
         Returns the sum of the losses, or the losses, with the gradient if a scale was given for it; or
         None, where `fastce.problem.check` has to see the arguments first. Always None but where it
@@ -107,10 +107,10 @@ class Kernels(Protocol):
         stream: bool,
         num_threads: int,
     ) -> int:
-        """Write losses, each tile's sum of them and, where given, ranks and gradient of ``n_rows`` rows.
+        """Write losses, each tile's sum of them and, where given, ranks and gradient.
 
-        ``scale`` is the upstream gradient, given if ``grad`` is. ``stream`` says that the gradient is too
-        large for the caches, which it may pass by. A tile has ``tile_rows(n_classes)`` rows, but for
-        the last one. Returns how many rows were ignored.
+        ``scale`` is the upstream gradient, given if ``grad`` is. ``stream`` says that the gradient is
+        too large for the caches, which it may pass by. A tile has ``tile_rows(n_classes)`` rows, but
+        for the last one. Returns how many rows were ignored.
         """
         ...

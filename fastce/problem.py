@@ -84,7 +84,7 @@ class RowView:
 
     def read(self, rows: slice) -> NDArray[Any]:
         """Return a copy of these rows, (1, n_rows, n_classes), in the kernels' format."""
-        block = self.array[self._index(rows)]
+        block: NDArray[Any] = self.array[self._index(rows)]
         if self.own is self.format:
             native = block.dtype if block.dtype.isnative else self.format.memory
             return np.array(block, native, order="C").view(self.format.memory)[None]
@@ -133,10 +133,9 @@ class Problem(NamedTuple):
         if n_outside == 0:
             return self.n_rows
         y, n_classes = self.given_targets, self.n_classes
-        if n_outside is None and self.targets.size:
-            # as unsigned numbers the negative ones are the largest: one pass finds that all is well
-            if self.targets.view(np.uint64).max() < n_classes:
-                return self.n_rows
+        # as unsigned numbers the negative ones are the largest: one pass finds that all is well
+        if n_outside is None and self.targets.view(np.uint64).max(initial=0) < n_classes:
+            return self.n_rows
         inside = (y >= 0) & (y < n_classes)
         ignored = (y == self.ignore_index) if self.ignore_index is not None else np.zeros(y.shape, bool)
         bad = ~(inside | ignored)
@@ -176,8 +175,8 @@ def check(
 ) -> Problem:
     """Check logits, targets and ignore_index, and return them as a `Problem`.
 
-    Only the values of the targets are left to `Problem.n_kept`, which must be called before an array of the
-    caller's is written to, and before a result is returned.
+    Only the values of the targets are left to `Problem.n_kept`, which must be called before an array of
+    the caller's is written to, and before a result is returned.
     """
     x = np.asarray(logits)
     own = format_of(x, "logits", dtype)
