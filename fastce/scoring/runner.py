@@ -100,8 +100,9 @@ def score_files(
 
     Notes
     -----
-    float16 logits are widened to float32 in registers, which is exact. Sums are correctly
-    rounded over fixed chunks of rows, so neither the block size nor the number of threads changes a bit of the result.
+    float16 logits are widened to float32 in registers, which is exact. Sums are correctly rounded
+    over fixed chunks of rows, so neither the block size nor the number of threads changes a bit of the
+    result.
 
     Examples
     --------
