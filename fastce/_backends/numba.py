@@ -508,6 +508,12 @@ def _set(pointer, i, value):
 
 
 @_emits(types.int64)
+def _size(pointer, n):
+    """The bytes of n elements."""
+    return n * (int(pointer.dtype.bitwidth) // 8)
+
+
+@_emits(types.int64)
 def _lanes(pointer):
     return _Value(pointer.builder, ir.IntType(64)(pointer.lanes))
 
@@ -760,20 +766,20 @@ def _loss(gap, error, rest):
 # ---- Intrinsics: the gradient ----
 
 
-def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value) -> tuple[_Value, ...]:
+def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value, error: _Value) -> Any:
     """What turns a stored exponential into a gradient: hi + lo, then ``down``; e below ``least`` gives 0.
 
-    The product is scale / (1 + rest) * drop^2 / 2^_SUM_SHIFT. Where it is small, it is lifted, and ``down``
+    The product is scale / (1 + rest) * drop * again * (1 + error) / 2^_SUM_SHIFT. Where it is small, it is lifted, and ``down``
     takes that back: neither it nor any product of it that counts is then less than a normal number.
     """
     total = rest + 1.0
     unit = scale / total
     shift, lift = _SUM_SHIFT[bits], _LIFT[bits]
-    size = (unit * drop * drop).call("fabs")
+    size = (unit * drop * again).call("fabs")
     small = size.compare("<", _SMALL[bits])
     down = small.select(size.of(2.0**-lift), 1.0)
     up = small.select(size.of(2.0 ** (lift - shift)), 2.0**-shift)
-    hi = unit * up * drop * drop
+    hi = unit * up * drop * again
     tiny = small.select(size.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
     least = tiny / hi.call("fabs")
     if bits == 32:
@@ -781,7 +787,8 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value) -> tuple[_Valu
     else:
         # what the sum and the quotient rounded away, relative to the quotient
         lost = rest.compare("<", 1.0).select(rest - (total - 1.0), 1.0 - (total - rest))
-        lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total)
+        lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total + error)
+        lo = unit.compare("==", 0.0).select(0.0, lo)
     return tuple(v.rounded(bits) for v in (hi, lo, down, least))
 
 
@@ -798,8 +805,8 @@ def _real_of(pointer: Any, *_: Any) -> types.Type:
 
 
 @_emits(_several(_real_of, _real_of, _real_of, _real_of))
-def _row_factor(e, scale, rest, drop):
-    return _factor(_bits_of(e), scale, rest, drop)
+def _row_factor(e, scale, rest, drop, again, error):
+    return _factor(_bits_of(e), scale, rest, drop, again, error)
 
 
 def _scales(count: int, past_caches: bool = False) -> Any:
@@ -931,7 +938,7 @@ def _lane_factors(x, gap, target_term, rest, scale):
     bits = _bits_of(x)
     finite = gap.compare("ord", gap)
     scale = finite.select(scale, math.nan)
-    factor = _factor(bits, scale, rest, scale.of(1.0))
+    factor = _factor(bits, scale, rest, scale.of(1.0), scale.of(1.0), scale.of(0.0))
     e = target_term.double() * 2.0 ** -_SUM_SHIFT[bits]
     total = rest + 1.0
     others = gap.compare(">", 0.0).select(total - e, rest)
@@ -1047,13 +1054,22 @@ def _sum_terms(x, n, ref, m, e):
 
 
 @njit(**_OPTIONS)
+def _drop(ref, m):
+    """Return a, b and c with exp(ref - m) = a * b * (1 + c); a and b are normal numbers if it matters."""
+    if ref == m:
+        return 1.0, 1.0, 0.0
+    d, error = _two_sum_of(ref, -m)
+    if d < -700.0:
+        half = math.exp(0.5 * d)
+        return half, half, error if error == error else 0.0  # d may be -inf
+    return math.exp(d), 1.0, error
+
+
+@njit(**_OPTIONS)
 def _scale_sum(total, carry, a, b):
     """Return (total, carry) times exp(a - b)."""
-    d, r = _two_sum_of(a, -b)
-    if r != r:  # d is infinite
-        r = 0.0
-    half = math.exp(0.5 * d)  # the whole factor could be below the normal numbers
-    return total * half * half * (1.0 + r), carry * half * half
+    drop, again, error = _drop(a, b)
+    return total * drop * again * (1.0 + error), carry * drop * again
 
 
 @njit(**_OPTIONS)
@@ -1173,9 +1189,9 @@ def _sum_tiles(x, job, first, last):
 
 
 @njit(**_OPTIONS)
-def _write_block(e, n, drop, rest, scale, g, stream):
-    """g = scale / (1 + rest) * drop^2 times the exponentials in e."""
-    hi, lo, down, least = _row_factor(e, scale, rest, drop)
+def _write_block(e, n, drop, again, error, rest, scale, g, stream):
+    """g = scale / (1 + rest) * drop * again * (1 + error) times the exponentials in e."""
+    hi, lo, down, least = _row_factor(e, scale, rest, drop, again, error)
     lanes = _lanes(e)
     i = 0
     if stream:
@@ -1213,12 +1229,6 @@ def _write_plain(x, n, m, rest, scale, g):
 
 
 @njit(**_OPTIONS)
-def _drop(ref, m):
-    """The square root of exp(ref - m)."""
-    return 1.0 if ref == m else math.exp(0.5 * (ref - m))
-
-
-@njit(**_OPTIONS)
 def _fill(g, n, value):
     for j in range(n):
         _set(g, j, value)
@@ -1245,12 +1255,12 @@ def _read_row(x, n, state, target, target_logit, refs, e, step, ranked):
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         block = _at(x, start)
+        if ranked:  # before e takes the place of the logits
+            state[_AHEAD] += _count_before(block, size, target - start, target_logit)
         if e is None:
             _read_block(block, size, state, None)
         else:
             refs[start // _BLOCK] = _read_block(block, size, state, _at(e, start * step))
-        if ranked:
-            state[_AHEAD] += _count_before(block, size, target - start, target_logit)
 
 
 @njit(**_OPTIONS)
@@ -1260,10 +1270,10 @@ def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream):
     unit = _sum_unit(e)
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
-        drop = _drop(refs[start // _BLOCK], m)
+        drop, again, error = _drop(refs[start // _BLOCK], m)
         if start <= target < start + size:
-            target_term = np.float64(_get(e, target)) * unit * drop * drop
-        _write_block(_at(e, start), size, drop, rest, scale, _at(g, start), stream)
+            target_term = np.float64(_get(e, target)) * unit * drop * again
+        _write_block(_at(e, start), size, drop, again, error, rest, scale, _at(g, start), stream)
     _set_target(_at(g, target), gap, target_term, rest, scale)
 
 
@@ -1429,10 +1439,10 @@ def _write_group(
                 else:
                     v = _splat(out, ref if ref > -np.inf else 0.0)
                     _sum_terms(out, size, v, v, out)
-                drop = _drop(ref, m)
+                drop, again, error = _drop(ref, m)
                 if 0 <= place < size:
-                    target_term = np.float64(_get(e, place)) * unit * drop * drop
-                _write_block(e, size, drop, rest, scale, out, False)
+                    target_term = np.float64(_get(e, place)) * unit * drop * again
+                _write_block(e, size, drop, again, error, rest, scale, out, False)
             if 0 <= place < size:
                 _set_target(_at(out, place), gap, target_term, rest, scale)
         _deliver(block, _PITCH, _at(g, start * g_class), g_inner, g_class, count, size)
@@ -1509,61 +1519,49 @@ def _strided_rows(x_type, job, item, worker, with_grad):
 
 
 @njit(**_OPTIONS)
-def _part_of(x, job, item):
-    """Row, first class and number of classes of an item, and the place of its state."""
-    row, part = divmod(item, job.n_parts)
-    start = part * _PART
-    state = _at(_float64s(job.states, x), item * _STATE)
-    return row, start, min(_PART, job.n_classes - start), state
+def _rows_of(x, job, first, last):
+    """How many rows from ``first`` on are a group: one step apart, and no more than lanes."""
+    return min(_lanes(x), last - first, job.inner - (job.first_row + first) % job.inner)
+
+
+@njit(**_OPTIONS)
+def _groups_in(x, job, item):
+    """Part of the rows, and the first row, of an item: a tile's worth of rows in one part."""
+    item, part = divmod(item, job.n_parts)
+    return part, item * job.item_rows, min((item + 1) * job.item_rows, job.n_rows)
 
 
 @njit(**_OPTIONS)
 def _read_part(x_type, job, item, worker):
-    row, start, n, state = _part_of(x_type, job, item)
-    outer, inner = divmod(job.first_row + row, job.inner)
-    x = _at(_pointer_like(job.x, x_type), outer * job.x_outer + inner * job.x_inner)
-    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
-    parts, block = _at(scratch, _PARTS), _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x)
-    targets = _at(_int64s(job.targets, x), row)
-    _start_group(x, job, row, 1, state, parts)
-    at = _at(x, start * job.x_class)
-    if job.x_class == 1:
-        target, logit = targets[0], parts[3 * _GROUP]
-        if 0 <= target < job.n_classes:
-            _read_row(at, n, state, target - start, logit, scratch, None, 1, job.ranks != 0)
-    else:
-        _read_group(at, job, 1, n, start, targets, state, parts, scratch, block, None, 0)
-
-
-@njit(**_OPTIONS)
-def _merge_parts(x_type, job, item, worker):
-    """Merge the states of a row's parts, in order, into the first."""
-    x = _pointer_like(job.x, x_type)
-    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
-    parts, unit = _at(scratch, _PARTS), _sum_unit(x)
-    for row in range(job.n_rows):
+    part, row, last = _groups_in(x_type, job, item)
+    first_class = part * _PART
+    n = min(_PART, job.n_classes - first_class)
+    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
+    parts, states, refs = _at(scratch, _PARTS), _float64s(job.states, x_type), _at(scratch, _WORK)
+    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x_type)
+    while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        at = _at(x, outer * job.x_outer + inner * job.x_inner)
-        merged = _at(_float64s(job.states, x), row * job.n_parts * _STATE)
-        for part in range(1, job.n_parts):
-            _merge(merged, _at(merged, part * _STATE), unit)
-        target, state = _int64s(job.targets, x)[row], _at(scratch, 0)
-        for i in range(_STATE):
-            state[i] = merged[i]
-        if 0 <= target < job.n_classes:
-            parts[3 * _GROUP] = np.float64(_get(at, target * job.x_class))
+        count = 1 if job.x_class == 1 else _rows_of(x_type, job, row, last)
+        x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
+        targets = _at(_int64s(job.targets, x), row)
+        _start_group(x, job, row, count, scratch, parts)
+        at = _at(x, first_class * job.x_class)
+        if job.x_class == 1:
+            target = targets[0]
+            if 0 <= target < job.n_classes:
+                place, logit = target - first_class, parts[3 * _GROUP]
+                _read_row(at, n, scratch, place, logit, refs, None, 1, job.ranks != 0)
         else:
-            _int64s(job.ignored, x)[worker] += 1
-        _finish_group(at, job, row, 1, state, parts)
-        # what the parts' gradients need
-        for i in range(4):
-            merged[_TOTAL + i] = parts[i * _GROUP]
-    _sum_tiles(x, job, 0, job.n_rows)
+            _read_group(at, job, count, n, first_class, targets, scratch, parts, refs, block, None, 0)
+        for r in range(count):
+            for i in range(_STATE):
+                states[((row + r) * job.n_parts + part) * _STATE + i] = scratch[r * _STATE + i]
+        row += count
 
 
 @njit(**_OPTIONS)
 def _merge(state, other, unit):
-    """Add a later part of a row."""
+    """Add the state of a later part of a row."""
     if other[_M] > state[_M]:
         _raise_maximum(state, other[_M], unit)
     total, carry = other[_TOTAL], other[_CARRY]
@@ -1581,24 +1579,55 @@ def _merge(state, other, unit):
 
 
 @njit(**_OPTIONS)
+def _merge_parts(x_type, job, item, worker):
+    """Merge the states of each row's parts, in order, into the first, and finish the rows."""
+    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
+    parts, unit = _at(scratch, _PARTS), _sum_unit(x_type)
+    for row in range(job.n_rows):
+        outer, inner = divmod(job.first_row + row, job.inner)
+        x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
+        merged = _at(_float64s(job.states, x), row * job.n_parts * _STATE)
+        for part in range(1, job.n_parts):
+            _merge(merged, _at(merged, part * _STATE), unit)
+        _int64s(job.ignored, x)[worker] += _start_group(x, job, row, 1, scratch, parts)
+        for i in range(_STATE):
+            scratch[i] = merged[i]
+        _finish_group(x, job, row, 1, scratch, parts)
+        # what the gradient needs
+        for i in range(4):
+            merged[_TOTAL + i] = parts[i * _GROUP]
+    _sum_tiles(x_type, job, 0, job.n_rows)
+
+
+@njit(**_OPTIONS)
 def _write_part(x_type, job, item, worker):
-    row, start, n, _ = _part_of(x_type, job, item)
-    outer, inner = divmod(job.first_row + row, job.inner)
-    x = _at(_pointer_like(job.x, x_type), outer * job.x_outer + inner * job.x_inner)
-    g = _at(_pointer_like(job.grad, x_type), outer * job.g_outer + inner * job.g_inner)
-    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
-    parts, refs = _at(scratch, _PARTS), _at(scratch, _WORK)
-    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + _PART // _BLOCK), x)
-    merged = _at(_float64s(job.states, x), row * job.n_parts * _STATE)
-    scratch[_M] = merged[_M]
-    for i in range(4):
-        parts[i * _GROUP] = merged[_TOTAL + i]
-    for b in range(_PART // _BLOCK):
-        refs[b] = merged[_M]
-    _write_group(
-        _at(x, start * job.x_class), job, row, 1, n, start, scratch, parts, refs, block, block, 0,
-        _at(g, start * job.g_class), job.g_inner, job.g_class,
-    )  # fmt: skip
+    part, row, last = _groups_in(x_type, job, item)
+    first_class = part * _PART
+    n = min(_PART, job.n_classes - first_class)
+    scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
+    parts, states, refs = _at(scratch, _PARTS), _float64s(job.states, x_type), _at(scratch, _WORK)
+    n_refs = _GROUP * (_PART // _BLOCK)
+    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x_type)
+    n_blocks = (n + _BLOCK - 1) // _BLOCK
+    while row < last:
+        outer, inner = divmod(job.first_row + row, job.inner)
+        count = _rows_of(x_type, job, row, last)
+        x_at = outer * job.x_outer + inner * job.x_inner + first_class * job.x_class
+        g_at = outer * job.g_outer + inner * job.g_inner + first_class * job.g_class
+        x = _pointer_like(job.x + _size(x_type, x_at), x_type)
+        g = _pointer_like(job.grad + _size(x_type, g_at), x_type)
+        for r in range(count):
+            merged = _at(states, (row + r) * job.n_parts * _STATE)
+            scratch[r * _STATE + _M] = merged[_M]
+            for i in range(4):
+                parts[i * _GROUP + r] = merged[_TOTAL + i]
+            for b in range(n_blocks):
+                refs[r * n_blocks + b] = merged[_M]
+        _write_group(
+            x, job, row, count, n, first_class, scratch, parts, refs, block, block, 0,
+            g, job.g_inner, job.g_class,
+        )  # fmt: skip
+        row += count
 
 
 # ---- Kernels for narrow rows: lanes are rows ----
@@ -1870,7 +1899,8 @@ class NumbaKernels:
             scratch_size = _WORK + _NARROW * _GROUP
         elif n_classes > _PART:
             steps = [_long_read, _long_merge] + ([] if grad is None else [_long_grad])
-            scratch_size = _WORK + _PART // _BLOCK + _PITCH
+            item_rows = 1 if direct else _GROUP
+            scratch_size = _WORK + _GROUP * (_PART // _BLOCK + _PITCH)
             n_parts = -(-n_classes // _PART)
         elif direct:
             steps = [_direct if grad is None else _direct_grad]
@@ -1879,9 +1909,10 @@ class NumbaKernels:
             steps = [_strided if grad is None else _strided_grad]
             item_rows = size * -(-_GROUP // size)
             scratch_size = _WORK + _GROUP * (-(-n_classes // _BLOCK) + _PITCH)
-            if grad is not None and n_classes * _GROUP <= _KEPT:
-                scratch_size += _GROUP * (n_classes + _GROUP)
-        n_items = n_rows * n_parts if n_parts > 1 else -(-n_rows // item_rows)
+            if grad is not None:
+                kept = n_classes * _GROUP <= _KEPT
+                scratch_size += _GROUP * (n_classes + _GROUP) if kept else _PITCH
+        n_items = -(-n_rows // item_rows) * n_parts
         workers = max(1, min(num_threads, n_items))
         scratch_size = -(-scratch_size // 8) * 8  # of whole lines
         scratch = np.empty(workers * scratch_size + 8)
