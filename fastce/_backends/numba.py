@@ -42,6 +42,7 @@ _NARROW = 32  # rows of at most this many classes are computed with rows as lane
 _MAX_LEAD = 8.0  # how far the maximum may run ahead of the reference of a row's sum
 _PART = 2**18  # longer rows are cut into parts of so many classes, which threads share
 _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not reach low enough
+_L1_CLASSES = 4096  # classes of short rows that are read before any is summed: half of L1 at most
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; not a power of two, for L1's sake
 _KEPT = 2**18  # the most exponentials kept between the two passes over a group of rows
 
@@ -523,6 +524,11 @@ def _lanes(pointer):
     return _Value(pointer.builder, ir.IntType(64)(pointer.lanes))
 
 
+@_emits(types.int64)
+def _address_in(pointer, i):
+    return _Value(pointer.builder, pointer.builder.ptrtoint(pointer._at(i, 0), ir.IntType(64)))
+
+
 @_emits(types.float64)
 def _sum_unit(pointer):
     return _Value(pointer.builder, ir.DoubleType()(2.0 ** -_SUM_SHIFT[_bits_of(pointer)]))
@@ -541,6 +547,22 @@ def _vector_at(pointer, i):
 def _doubles_at(pointer, doubles, i):
     """As many doubles as a vector of the pointer's has lanes."""
     return doubles.load(i, pointer.lanes)
+
+
+@_emits(_vector)
+def _reals_at(pointer, doubles, i):
+    """The same, rounded to the dtype that is computed in; they are numbers of it."""
+    return doubles.load(i, pointer.lanes).rounded(_bits_of(pointer))
+
+
+@_emits(lambda pointer, *_: _Vector(types.int64, _lanes_of(pointer.dtype)))
+def _int64s_at(pointer, integers, i):
+    return integers.load(i, pointer.lanes)
+
+
+@_emits(types.boolean)
+def _is_half(pointer):
+    return _Value(pointer.builder, ir.IntType(1)(int(pointer.dtype.bitwidth == 16)))
 
 
 @_emits(_mask)
@@ -1187,39 +1209,40 @@ def _sum_tiles(x, job, first, last):
 
 
 @njit(**_OPTIONS)
-def _write_block(e, n, drop, again, error, rest, scale, g, stream):
-    """g = scale / (1 + rest) * drop * again * (1 + error) times the exponentials in e."""
-    hi, lo, down, least = _row_factor(e, scale, rest, drop, again, error)
+def _scale_row(e, n, hi, lo, down, least, g, stream):
+    """g = the exponentials in e, times a factor."""
     lanes = _lanes(e)
     i = 0
     if stream:
-        # stores past the caches must be aligned
-        i = min(n, _to_next_line(g))
-        if i:
-            for j in range(0, i, lanes):
-                _scale_some(e, j, i - j, hi, lo, down, least, g)
-        strips = i + (n - i) // (4 * lanes) * (4 * lanes)
-        for j in range(i, strips, 4 * lanes):
-            _scale4_past_caches(e, j, hi, lo, down, least, g)
-        i = strips
-    else:
-        strips = n // (4 * lanes) * (4 * lanes)
-        for j in range(0, strips, 4 * lanes):
-            _scale4(e, j, hi, lo, down, least, g)
-        i = strips
-    for j in range(i, n - lanes + 1, lanes):
-        _scale1(e, j, hi, lo, down, least, g)
-        i = j + lanes
+        i = min(n, _to_next_line(g))  # stores past the caches must be aligned
+        for j in range(0, i, lanes):
+            _scale_some(e, j, i - j, hi, lo, down, least, g)
+        while i + 4 * lanes <= n:
+            _scale4_past_caches(e, i, hi, lo, down, least, g)
+            i += 4 * lanes
+    while i + 4 * lanes <= n:
+        _scale4(e, i, hi, lo, down, least, g)
+        i += 4 * lanes
+    while i + lanes <= n:
+        _scale1(e, i, hi, lo, down, least, g)
+        i += lanes
     if i < n:
         _scale_some(e, i, n - i, hi, lo, down, least, g)
 
 
 @njit(**_OPTIONS)
-def _write_plain(x, n, m, rest, scale, g):
-    """The same from the logits, in doubles: where |scale| is so large that it is rare."""
+def _write_block(e, n, drop, again, error, rest, scale, g, stream):
+    """g = scale / (1 + rest) * drop * again * (1 + error) times the exponentials in e."""
+    hi, lo, down, least = _row_factor(e, scale, rest, drop, again, error)
+    _scale_row(e, n, hi, lo, down, least, g, stream)
+
+
+@njit(**_OPTIONS)
+def _write_plain(x, step, n, m, rest, scale, g):
+    """The same from logits ``step`` apart, in doubles: where |scale| is so large that it is rare."""
     unit = scale / (1.0 + rest)
     for j in range(n):
-        d, r = _two_sum_of(np.float64(_get(x, j)), -m)
+        d, r = _two_sum_of(np.float64(_get(x, j * step)), -m)
         e = math.exp(d)
         if r == r:
             e += e * r
@@ -1242,6 +1265,198 @@ def _set_target(g, gap, e, rest, scale):
     if _is_large(scale):
         e = math.exp(-gap)
     _set(g, 0, _target_gradient(gap, e, rest, scale))
+
+
+# ---- Rows that are finished together, one in each lane ----
+
+
+@njit(**_OPTIONS)
+def _finish_lanes(x, job, row, count, kept, m, target_logit, totals, carries, ties, ranks):
+    """Store losses and ranks of count rows; return gap and rest."""
+    rest = _total_of(totals, carries, ties)
+    gap, error, rest = _parts_of_loss(_as_doubles(m), _as_doubles(target_logit), rest)
+    loss = _keep(_loss(gap, error, rest), kept)
+    _store_where(_reals_like(job.losses, x), _first_lanes(x, count), row, loss)
+    if job.ranks != 0:
+        _store_ranks(_int64s(job.ranks, x), row, count, ranks, gap, kept, x)
+    return gap, rest
+
+
+@njit(**_OPTIONS)
+def _scale_lanes(x, job, row, count, saved):
+    """The upstream gradients of count rows; ``saved`` is room for them."""
+    scales = _at(_float64s(job.scale, x), row * job.scale_step)
+    if job.scale_step == 0:
+        return _splat_double(x, scales[0])
+    for r in range(_lanes(x)):
+        saved[r] = scales[min(r, count - 1) * job.scale_step]
+    return _doubles_at(x, saved, 0)
+
+
+# ---- Kernels for rows of one block: lanes are classes, then rows ----
+
+# What is noted of each row of a group, _GROUP numbers each: addresses of its logits, exponentials and
+# gradient; its rank; maximum, target's logit and term; its sum, carry and ties; the gradient's factor.
+_X_AT, _E_AT, _G_AT, _RANK, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
+_FACTOR = 160  # hi, lo, down, least, the target's own gradient: reals
+_SLOTS = 160 + 5 * _GROUP
+
+
+@njit(**_OPTIONS)
+def _read_rows(x, n, job, row, count, slots, places, with_grad):
+    """Read count rows of n classes: the maxima of some, then their sums while they are in L1."""
+    targets = _at(_int64s(job.targets, x), row)
+    step = max(1, _L1_CLASSES // n)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        for r in range(start, stop):
+            slots[_MAXIMUM + r], slots[_SUM + r], slots[_ERROR + r], slots[_TIED + r] = 0.0, 0.0, 0.0, 1.0
+            if 0 <= targets[r] < n:
+                at = _pointer_like(places[_X_AT + r], x)
+                slots[_MAXIMUM + r] = _largest_lane(_largest(at, n))
+                if job.ranks != 0:
+                    places[_RANK + r] = np.int64(_count_before(at, n, targets[r], slots[_LOGIT + r]))
+        for r in range(start, stop):
+            if 0 <= targets[r] < n:
+                at, m = _pointer_like(places[_X_AT + r], x), slots[_MAXIMUM + r]
+                ref = _splat(x, m if m > -np.inf else 0.0)
+                if with_grad is None:
+                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), None)
+                else:
+                    e = _reals_like(places[_E_AT + r], x)
+                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
+                slots[_SUM + r], slots[_ERROR + r] = _sum_lanes(totals, carries)
+                slots[_TIED + r] = _count_lanes(ties)
+
+
+@njit(**_OPTIONS)
+def _finish_rows(x, job, row, count, slots, places):
+    kept, _ = _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
+    m, logit = _reals_at(x, slots, _MAXIMUM), _reals_at(x, slots, _LOGIT)
+    total, carry = _doubles_at(x, slots, _SUM), _doubles_at(x, slots, _ERROR)
+    ties, ranks = _reals_at(x, slots, _TIED), _int64s_at(x, places, _RANK)
+    gap, rest = _finish_lanes(x, job, row, count, kept, m, logit, total, carry, ties, ranks)
+    return gap, rest, count - _count_mask(kept)
+
+
+@njit(**_OPTIONS)
+def _factor_rows(x, job, row, count, gap, rest, slots, places):
+    """Note the factors of count rows' gradients; return scales."""
+    targets = _at(_int64s(job.targets, x), row)
+    for r in range(count):
+        slots[_TERM + r] = 0.0
+        if 0 <= targets[r] < job.n_classes:
+            slots[_TERM + r] = np.float64(_get(_reals_like(places[_E_AT + r], x), targets[r]))
+    scale = _scale_lanes(x, job, row, count, _at(slots, _SUM))
+    hi, lo, down, least, own = _lane_factors(x, gap, _reals_at(x, slots, _TERM), rest, scale)
+    factors = _reals_like(_address_in(slots, _FACTOR), x)
+    _store(factors, 0, hi)
+    _store(factors, _GROUP, lo)
+    _store(factors, 2 * _GROUP, down)
+    _store(factors, 3 * _GROUP, least)
+    _store(factors, 4 * _GROUP, own)
+    _store(slots, _SUM, gap)
+    _store(slots, _ERROR, rest)
+
+
+@njit(**_OPTIONS)
+def _write_rows(x, step, g, n, job, row, count, slots, places, stream):
+    """Write the gradients of count rows, from their exponentials; logits are ``step`` apart."""
+    targets, scales = _at(_int64s(job.targets, x), row), _float64s(job.scale, x)
+    factors = _reals_like(_address_in(slots, _FACTOR), x)
+    for r in range(count):
+        out = _pointer_like(places[_G_AT + r], g)
+        if not 0 <= targets[r] < n:
+            _fill(out, n, 0.0)
+            continue
+        scale, gap, rest = scales[(row + r) * job.scale_step], slots[_SUM + r], slots[_ERROR + r]
+        if _is_large(scale) and gap == gap:
+            logits = _pointer_like(places[_X_AT + r], x)
+            _write_plain(logits, step, n, slots[_MAXIMUM + r], rest, scale, out)
+            _set_target(_at(out, targets[r]), gap, 0.0, rest, scale)
+        else:
+            hi, lo = _get(factors, r), _get(factors, _GROUP + r)
+            down, least = _get(factors, 2 * _GROUP + r), _get(factors, 3 * _GROUP + r)
+            _scale_row(_reals_like(places[_E_AT + r], x), n, hi, lo, down, least, out, stream)
+            _set(out, targets[r], _get(factors, 4 * _GROUP + r))
+
+
+@njit(**_OPTIONS)
+def _middle_rows(x_type, job, item, worker, with_grad):
+    """Rows of unit stride."""
+    first = item * job.item_rows
+    last = min(first + job.item_rows, job.n_rows)
+    x, n = _pointer_like(job.x, x_type), job.n_classes
+    scratch = job.scratch + 8 * worker * job.scratch_size
+    slots, places = _float64s(scratch, x), _int64s(scratch, x)
+    targets, scales = _int64s(job.targets, x), _float64s(job.scale, x)
+    outer, inner = divmod(job.first_row + first, job.inner)
+    ignored, stream = 0, job.stream != 0
+    for row in range(first, last, _lanes(x)):
+        count = min(_lanes(x), last - row)
+        for r in range(count):
+            at = job.x + _size(x, outer * job.x_outer + inner * job.x_inner)
+            places[_X_AT + r] = at
+            target = targets[row + r]
+            slots[_LOGIT + r] = 0.0
+            if 0 <= target < n:
+                slots[_LOGIT + r] = np.float64(_get(_pointer_like(at, x), target))
+            if with_grad is not None:
+                g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
+                places[_G_AT + r] = g_at
+                # the gradient's own memory, unless it is of another dtype, or the logits are needed again
+                spare = stream or _is_half(x) or _is_large(scales[(row + r) * job.scale_step])
+                places[_E_AT + r] = scratch + 8 * (_SLOTS + r * _PITCH) if spare else g_at
+            inner += 1
+            if inner == job.inner:
+                outer, inner = outer + 1, 0
+        _read_rows(x, n, job, row, count, slots, places, with_grad)
+        gap, rest, n_ignored = _finish_rows(x, job, row, count, slots, places)
+        ignored += n_ignored
+        if with_grad is not None:
+            _factor_rows(x, job, row, count, gap, rest, slots, places)
+            _write_rows(x, 1, x, n, job, row, count, slots, places, stream)
+    _sum_tiles(x, job, first, last)
+    _int64s(job.ignored, x)[worker] += ignored
+
+
+@njit(**_OPTIONS)
+def _middle_strided_rows(x_type, job, item, worker, with_grad):
+    """Rows of any stride, which are transposed into scratch, and their gradients back."""
+    first = item * job.item_rows
+    last = min(first + job.item_rows, job.n_rows)
+    n, row, ignored = job.n_classes, first, 0
+    scratch = job.scratch + 8 * worker * job.scratch_size
+    slots, places = _float64s(scratch, x_type), _int64s(scratch, x_type)
+    block = _reals_like(scratch + 8 * _SLOTS, x_type)
+    while row < last:
+        outer, inner = divmod(job.first_row + row, job.inner)
+        count = min(_lanes(x_type), last - row, job.inner - inner)
+        at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
+        x = _pointer_like(at, x_type)
+        targets = _at(_int64s(job.targets, x), row)
+        _fetch(x, job.x_inner, job.x_class, count, n, block, _PITCH)
+        for r in range(count):
+            places[_X_AT + r] = places[_E_AT + r] = places[_G_AT + r] = (
+                scratch + 8 * _SLOTS + _size(block, r * _PITCH)
+            )
+            slots[_LOGIT + r] = 0.0
+            if 0 <= targets[r] < n:
+                slots[_LOGIT + r] = np.float64(_get(block, r * _PITCH + targets[r]))
+        _read_rows(block, n, job, row, count, slots, places, with_grad)
+        gap, rest, n_ignored = _finish_rows(x, job, row, count, slots, places)
+        ignored += n_ignored
+        if with_grad is not None:
+            _factor_rows(x, job, row, count, gap, rest, slots, places)
+            for r in range(count):  # where a large scale needs the logits again
+                places[_X_AT + r] = at + _size(x, r * job.x_inner)
+            _write_rows(x, job.x_class, block, n, job, row, count, slots, places, False)
+            g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
+            g = _pointer_like(g_at, x)
+            _deliver(block, _PITCH, g, job.g_inner, job.g_class, count, n)
+        row += count
+    _sum_tiles(x_type, job, first, last)
+    _int64s(job.ignored, x_type)[worker] += ignored
 
 
 # ---- Kernels for rows of unit stride: lanes are classes ----
@@ -1310,7 +1525,7 @@ def _direct_rows(x_type, job, item, worker, with_grad):
                 if not finite:
                     _fill(g, n, np.nan)
                 elif large:
-                    _write_plain(at, n, m, rest, scale, g)
+                    _write_plain(at, 1, n, m, rest, scale, g)
                     _set_target(_at(g, target), gap, 0.0, rest, scale)
                 else:
                     _write_row(n, m, target, gap, rest, scale, refs, e, g, job.stream != 0)
@@ -1423,12 +1638,8 @@ def _write_group(
                 continue
             target_term = 0.0
             if _is_large(scale):
-                if kept_pitch:  # fetched by the first row of the block that needs it
-                    _fetch(
-                        _at(x, start * job.x_class + r * job.x_inner),
-                        job.x_inner, job.x_class, 1, size, out, _PITCH,
-                    )  # fmt: skip
-                _write_plain(out, size, m, rest, scale, out)
+                logits = _at(x, start * job.x_class + r * job.x_inner)
+                _write_plain(logits, job.x_class, size, m, rest, scale, out)
             else:
                 ref = refs[r * n_blocks + b]
                 e = out
@@ -1680,8 +1891,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
-    targets, ranks = _int64s(job.targets, x), _int64s(job.ranks, x)
-    losses, scales = _reals_like(job.losses, x), _float64s(job.scale, x)
+    targets = _int64s(job.targets, x)
     saved = _float64s(job.scratch + 8 * worker * job.scratch_size, x)  # rows' numbers, one by one
     work = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x)
     lanes, kept_rows, row = _lanes(x), 0, first
@@ -1705,19 +1915,11 @@ def _narrow_rows(x_type, job, item, worker, with_grad):
             totals, carries, ties = _sum_terms(work, n * lanes, ref, m, None)
         else:
             totals, carries, ties = _sum_terms(work, n * lanes, ref, m, work)
-        rest = _total_of(totals, carries, ties)
-        gap, error, rest = _parts_of_loss(_as_doubles(m), _as_doubles(target_logit), rest)
-        loss = _keep(_loss(gap, error, rest), kept)
-        _store_where(losses, _first_lanes(x, count), row, loss)
-        if job.ranks != 0:
-            _store_ranks(ranks, row, count, row_ranks, gap, kept, x)
+        gap, rest = _finish_lanes(
+            x, job, row, count, kept, m, target_logit, totals, carries, ties, row_ranks
+        )
         if with_grad is not None:
-            if job.scale_step == 0:
-                scale = _splat_double(x, scales[0])
-            else:
-                for r in range(lanes):
-                    saved[r] = scales[min(row + r, last - 1) * job.scale_step]
-                scale = _doubles_at(x, saved, 0)
+            scale = _scale_lanes(x, job, row, count, saved)
             target_term = _splat(x, 0.0)
             for c in range(n):
                 v = _vector_at(work, c * lanes)
@@ -1762,6 +1964,22 @@ def _narrow(x, job, item, worker):
 
 def _narrow_grad(x, job, item, worker):
     _narrow_rows(x, numba.carray(job, 1)[0], item, worker, True)
+
+
+def _middle(x, job, item, worker):
+    _middle_rows(x, numba.carray(job, 1)[0], item, worker, None)
+
+
+def _middle_grad(x, job, item, worker):
+    _middle_rows(x, numba.carray(job, 1)[0], item, worker, True)
+
+
+def _middle_strided(x, job, item, worker):
+    _middle_strided_rows(x, numba.carray(job, 1)[0], item, worker, None)
+
+
+def _middle_strided_grad(x, job, item, worker):
+    _middle_strided_rows(x, numba.carray(job, 1)[0], item, worker, True)
 
 
 def _direct(x, job, item, worker):
@@ -1895,6 +2113,13 @@ class NumbaKernels:
         if n_classes <= _NARROW:
             steps = [_narrow if grad is None else _narrow_grad]
             scratch_size = _WORK + _NARROW * _GROUP
+        elif n_classes <= _BLOCK:
+            scratch_size = _SLOTS + _GROUP * _PITCH
+            if direct:
+                steps = [_middle if grad is None else _middle_grad]
+            else:
+                steps = [_middle_strided if grad is None else _middle_strided_grad]
+                item_rows = size * -(-_GROUP // size)
         elif n_classes > _PART:
             steps = [_long_read, _long_merge] + ([] if grad is None else [_long_grad])
             item_rows = 1 if direct else _GROUP
