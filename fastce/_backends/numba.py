@@ -43,7 +43,7 @@ _NARROW = 32  # rows of at most this many classes are computed with rows as lane
 _MAX_LEAD = 8.0  # how far the maximum may run ahead of the reference of a row's sum
 _PART = 2**18  # longer rows are cut into parts of so many classes, which threads share
 _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not reach low enough
-_L1_CLASSES = 4096  # classes of short rows that are read before any is summed: half of L1 at most
+_L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; not a power of two, for L1's sake
 _STREAM_BYTES = 2048  # gradients of shorter rows are not stored past the caches: lines would be torn
 _SPARE_WORDS = 2**18  # of scratch that a thread keeps from call to call
@@ -1477,14 +1477,19 @@ def _read_row(x, n, state, target, target_logit, refs, e, step, ranked):
 @njit(**_OPTIONS)
 def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream):
     """Turn a row's exponentials in e into its gradient."""
-    target_term = 0.0
+    target_term, start = 0.0, 0
     unit = _sum_unit(e)
-    for start in range(0, n, _BLOCK):
-        size = min(_BLOCK, n - start)
-        drop, again, error = _drop(refs[start // _BLOCK], m)
+    while start < n:
+        # blocks of one reference, as most are, need one factor
+        ref, end = refs[start // _BLOCK], start + _BLOCK
+        while end < n and refs[end // _BLOCK] == ref:
+            end += _BLOCK
+        size = min(end, n) - start
+        drop, again, error = _drop(ref, m)
         if start <= target < start + size:
             target_term = np.float64(_get(e, target)) * unit * drop * again
         _write_block(_at(e, start), size, drop, again, error, rest, scale, _at(g, start), stream)
+        start = end
     _set_target(_at(g, target), gap, target_term, rest, scale)
 
 
