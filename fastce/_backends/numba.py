@@ -45,7 +45,7 @@ _PART = 2**18  # longer rows are cut into parts of so many classes, which thread
 _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not reach low enough
 _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; not a power of two, for L1's sake
-_STREAM_BYTES = 2048  # gradients of shorter rows are not stored past the caches: lines would be torn
+_STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**18  # of scratch that a thread keeps from call to call
 _KEPT = 2**18  # the most exponentials kept between the two passes over a group of rows
 
@@ -369,7 +369,11 @@ def _none(*_: Any) -> types.Type:
 
 
 def _several(*results: Any) -> Callable[..., types.Type]:
-    return lambda *args: types.Tuple([result(*args) for result in results])
+    return lambda *args: types.Tuple([_result(result, args) for result in results])
+
+
+def _result(result: Any, args: Any) -> types.Type:
+    return result if isinstance(result, types.Type) else result(*args)
 
 
 def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -377,7 +381,7 @@ def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(emit: Callable[..., Any]) -> Any:
         def typed(typingctx: Any, *args: Any) -> Any:
-            returned = result if isinstance(result, types.Type) else result(*args)
+            returned = _result(result, args)
 
             def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
                 operands = map(_operand, [builder] * len(args), values, args)
@@ -439,10 +443,9 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     return _fma(t, power, power), d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
 
 
-def _log1p(s: _Value) -> _Value:
-    """log(1 + s) of doubles >= 0."""
+def _log1p(s: _Value, bits: int) -> _Value:
+    """log(1 + s) of doubles >= 0; good to 2^-28 where the result is rounded to 32 bits."""
     u = s + 1.0
-    lost = s.compare("<", 1.0).select(s - (u - 1.0), 1.0 - (u - s))
     sqrt_half, one = 0x3FE6A09E667F3BCD, 0x3FF0000000000000
     b = u.as_bits() + (one - sqrt_half)
     # as the low bits of 2^52 an exponent becomes a double without a conversion
@@ -450,11 +453,17 @@ def _log1p(s: _Value) -> _Value:
     z1 = ((b & 0xFFFFFFFFFFFFF) + sqrt_half).as_real()
     near = k.compare("==", 0.0)
     f = near.select(s, z1 - 1.0)
-    fix = near.select(0.0, lost / u)
     half = f * f * 0.5
-    q = f / (f + 2.0)
+    first, *others = _LOG1P.split()[-4 if bits == 32 else 0 :]
+    if bits == 32:  # a division of doubles takes as long as 16 products
+        guess = ((f + 2.0).rounded(32).of(1.0) / (f + 2.0).rounded(32)).double()
+        q = f * (guess * (2.0 - (f + 2.0) * guess))
+        fix = s.of(0.0)
+    else:
+        q = f / (f + 2.0)
+        lost = s.compare("<", 1.0).select(s - (u - 1.0), 1.0 - (u - s))
+        fix = near.select(0.0, lost / u)
     z = q * q
-    first, *others = _LOG1P.split()
     tail = z.of(first)
     for coefficient in others:
         tail = _fma(tail, z, coefficient)
@@ -750,7 +759,7 @@ def _add_exactly(total, carry, part):
     return total, carry + error
 
 
-@_emits(_several(lambda *_: types.float64, lambda *_: types.float64))
+@_emits(_several(types.float64, types.float64))
 def _sum_lanes(total, carry):
     while total.lanes > 1:
         low, high = carry.halves()
@@ -767,7 +776,7 @@ def _count_lanes(ties):
     return ties.lane(0).double()
 
 
-@_emits(_several(lambda *_: types.float64, lambda *_: types.float64))
+@_emits(_several(types.float64, types.float64))
 def _two_sum_of(a, b):
     return _two_sum(a, b)
 
@@ -779,18 +788,21 @@ def _total_of(total, carry, ties):
     return (total + carry) * unit + (ties.double() - 1.0)
 
 
-@_emits(_several(_same, _same, _same))
-def _parts_of_loss(m, target_logit, rest):
-    """gap, gap_error and rest of a row, all doubles; gap is NaN in a row that is not finite."""
-    gap, error = _two_sum(m, -target_logit)
+@_emits(lambda x, m, *_: types.Tuple([m] * 3))
+def _parts_of_loss(x, m, target_logit, rest):
+    """gap, gap_error and rest of rows, all doubles; gap is NaN in a row that is not finite."""
+    if _bits_of(x) == 32:
+        gap, error = m - target_logit, m.of(0.0)  # 29 bits to spare
+    else:
+        gap, error = _two_sum(m, -target_logit)
     finite = m.compare(">", -math.inf) & m.compare("<", math.inf) & rest.compare("ord", rest)
     gap = finite.select(gap, math.nan)
     return gap, gap.compare("<", math.inf).select(error, 0.0), finite.select(rest, 0.0)
 
 
-@_emits(_same)
-def _loss(gap, error, rest):
-    return gap + (error + _log1p(rest))
+@_emits(lambda x, gap, *_: gap)
+def _loss(x, gap, error, rest):
+    return gap + (error + _log1p(rest, _bits_of(x)))
 
 
 # ---- Intrinsics: the gradient ----
@@ -810,8 +822,6 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
     down = small.select(size.of(2.0**-lift), 1.0)
     up = small.select(size.of(2.0 ** (lift - shift)), 2.0**-shift)
     hi = unit * up * drop * again
-    tiny = small.select(size.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
-    least = tiny / hi.call("fabs")
     if bits == 32:
         lo = hi.of(0.0)
     else:
@@ -819,7 +829,19 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
         lost = rest.compare("<", 1.0).select(rest - (total - 1.0), 1.0 - (total - rest))
         lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total + error)
         lo = unit.compare("==", 0.0).select(0.0, lo)
-    return tuple(v.rounded(bits) for v in (hi, lo, down, least))
+    hi, lo, down = (v.rounded(bits) for v in (hi, lo, down))
+    tiny = small.select(hi.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
+    return hi, lo, down, tiny / hi.call("fabs")
+
+
+def _minus_others(gap: _Value, e: _Value, rest: _Value, scale: _Value, bits: int) -> _Value:
+    """Minus the sum of the others; e is exp of the target's logit minus the maximum."""
+    total = rest + 1.0
+    # Where the target is not the maximum, the maximum's 1 stays: total - e cannot cancel.
+    others = gap.compare(">", 0.0).select(total - e, rest)
+    # `_factor` divides scale by total anyway; in double it is not exact enough where others == total
+    share = scale / total * others if bits == 32 else scale * (others / total)
+    return 0.0 - share  # 0 - 0 is not -0
 
 
 def _gradient(e: _Value, factor: tuple[_Value, ...]) -> _Value:
@@ -871,10 +893,7 @@ def _terms_place(kept, g, direct):
 @_emits(types.float64)
 def _target_gradient(gap, e, rest, scale):
     """Minus the sum of the others; e is exp of the target's logit minus the maximum."""
-    total = rest + 1.0
-    # Where the target is not the maximum, the maximum's 1 stays: total - e cannot cancel.
-    others = gap.compare(">", 0.0).select(total - e, rest)
-    return 0.0 - scale * (others / total)  # 0 - 0 is not -0
+    return _minus_others(gap, e, rest, scale, 64)
 
 
 @_emits(types.int64)
@@ -914,28 +933,29 @@ def _counts(operator: str) -> Any:
 # ---- Intrinsics: rows as lanes ----
 
 
-@_emits(_several(_mask, lambda x, *_: _Vector(types.int64, _lanes_of(x.dtype))))
+def _integers(x: Any, *_: Any) -> types.Type:
+    return _Vector(types.int64 if _lanes_of(x.dtype) == 8 else types.int32, _lanes_of(x.dtype))
+
+
+@_emits(_several(_mask, _integers, types.int64))
 def _read_targets(x, targets, i, count, n):
-    """Which of ``count`` rows are kept, and their targets; -1 in the others."""
+    """Which of ``count`` rows are kept, their targets, -1 in the others, and how many are ignored."""
     mask = _first(x, count)
     t = targets.load_where(mask, i, -1)
     kept = t.compare(">=", 0) & t.compare("<", n)
-    return kept, kept.select(t, -1)
-
-
-@_emits(types.int64)
-def _count_mask(mask):
-    bits = mask.as_type("zext", ir.IntType(32))
-    while bits.lanes > 1:
-        low, high = bits.halves()
-        bits = low + high
-    return bits.lane(0).as_type("zext", ir.IntType(64))
+    bits = _Value(x.builder, x.builder.bitcast(kept.value, ir.IntType(x.lanes)))
+    n_kept = bits.call("ctpop").as_type("zext", ir.IntType(64))
+    return kept, kept.select(t.as_type("trunc", ir.IntType(_bits_of(x))), -1), count - n_kept
 
 
 @_emits(_same)
 def _where_class(current, target, c, value):
     """``value`` in the lanes whose target is class c, else what they hold."""
-    return target.compare("==", c).select(value, current)
+    return _is_class(target, c).select(value, current)
+
+
+def _is_class(target: _Value, c: _Value, operator: str = "==") -> _Value:
+    return target.compare(operator, c.as_type("trunc", target.element))
 
 
 @_emits(_same)
@@ -958,7 +978,7 @@ def _narrow_gradient(work, c, kept, target, target_gradient, hi, lo, down, least
     """Replace the exponentials of class c by gradients."""
     at = c * work.lanes
     p = _gradient(work.load(at), (hi, lo, down, least))
-    p = target.compare("==", c).select(target_gradient, p)
+    p = _is_class(target, c).select(target_gradient, p)
     work.store(at, kept.select(p, 0.0))
 
 
@@ -970,16 +990,13 @@ def _lane_factors(x, gap, target_term, rest, scale):
     scale = finite.select(scale, math.nan)
     factor = _factor(bits, scale, rest, scale.of(1.0), scale.of(1.0), scale.of(0.0))
     e = target_term.double() * 2.0 ** -_SUM_SHIFT[bits]
-    total = rest + 1.0
-    others = gap.compare(">", 0.0).select(total - e, rest)
-    target_gradient = 0.0 - scale * (others / total)
-    return *factor, target_gradient.rounded(bits)
+    return *factor, _minus_others(gap, e, rest, scale, bits).rounded(bits)
 
 
 @_emits(_same)
 def _rank_lanes(ranks, x, target_logit, target, c):
     """Count class c where it is ahead of the target."""
-    before = target.compare(">", c) & x.compare("==", target_logit)
+    before = _is_class(target, c, ">") & x.compare("==", target_logit)
     ahead = x.compare(">", target_logit) | before
     return ahead.select(ranks + 1, ranks)
 
@@ -1164,7 +1181,7 @@ def _finish_row(x, state, target_logit, parts, r):
     if state[_REF] != m:
         total, carry = _scale_sum(total, carry, state[_REF], m)
     rest = (total + carry) * _sum_unit(x) + (state[_TIES] - 1.0)
-    gap, error, rest = _parts_of_loss(m, target_logit, rest)
+    gap, error, rest = _parts_of_loss(x, m, target_logit, rest)
     parts[r], parts[_GROUP + r], parts[2 * _GROUP + r] = gap, error, rest
     parts[3 * _GROUP + r] = target_logit
     return gap == gap
@@ -1179,7 +1196,7 @@ def _ignore_row(parts, r):
 def _store_losses(x, parts, losses, first, count):
     gap, error = _doubles_at(x, parts, 0), _doubles_at(x, parts, _GROUP)
     rest = _doubles_at(x, parts, 2 * _GROUP)
-    _store_where(losses, _first_lanes(x, count), first, _loss(gap, error, rest))
+    _store_where(losses, _first_lanes(x, count), first, _loss(x, gap, error, rest))
 
 
 @njit(**_OPTIONS)
@@ -1272,8 +1289,8 @@ def _set_target(g, gap, e, rest, scale):
 def _finish_lanes(x, job, row, count, kept, m, target_logit, totals, carries, ties, ranks):
     """Store losses and ranks of count rows; return gap and rest."""
     rest = _total_of(totals, carries, ties)
-    gap, error, rest = _parts_of_loss(_as_doubles(m), _as_doubles(target_logit), rest)
-    loss = _keep(_loss(gap, error, rest), kept)
+    gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
+    loss = _keep(_loss(x, gap, error, rest), kept)
     _store_where(_reals_like(job.losses, x), _first_lanes(x, count), row, loss)
     if job.ranks != 0:
         _store_ranks(_int64s(job.ranks, x), row, count, ranks, gap, kept, x)
@@ -1329,12 +1346,12 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad):
 
 @njit(**_OPTIONS)
 def _finish_rows(x, job, row, count, slots, places):
-    kept, _ = _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
+    kept, _, ignored = _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
     m, logit = _reals_at(x, slots, _MAXIMUM), _reals_at(x, slots, _LOGIT)
     total, carry = _doubles_at(x, slots, _SUM), _doubles_at(x, slots, _ERROR)
     ties, ranks = _reals_at(x, slots, _TIED), _int64s_at(x, places, _RANK)
     gap, rest = _finish_lanes(x, job, row, count, kept, m, logit, total, carry, ties, ranks)
-    return gap, rest, count - _count_mask(kept)
+    return gap, rest, ignored
 
 
 @njit(**_OPTIONS)
@@ -1358,7 +1375,7 @@ def _factor_rows(x, job, row, count, gap, rest, slots, places):
 
 
 @njit(**_OPTIONS)
-def _write_rows(x, step, g, n, job, row, count, slots, places, stream):
+def _write_rows(x, step, g, n, job, row, count, slots, places):
     """Write the gradients of count rows, from their exponentials; logits are ``step`` apart."""
     targets, scales = _at(_int64s(job.targets, x), row), _float64s(job.scale, x)
     factors = _reals_like(_address_in(slots, _FACTOR), x)
@@ -1375,7 +1392,7 @@ def _write_rows(x, step, g, n, job, row, count, slots, places, stream):
         else:
             hi, lo = _get(factors, r), _get(factors, _GROUP + r)
             down, least = _get(factors, 2 * _GROUP + r), _get(factors, 3 * _GROUP + r)
-            _scale_row(_reals_like(places[_E_AT + r], x), n, hi, lo, down, least, out, stream)
+            _scale_row(_reals_like(places[_E_AT + r], x), n, hi, lo, down, least, out, False)
             _set(out, targets[r], _get(factors, 4 * _GROUP + r))
 
 
@@ -1389,7 +1406,7 @@ def _middle_rows(x_type, job, item, worker, with_grad):
     slots, places = _float64s(scratch, x), _int64s(scratch, x)
     targets, scales = _int64s(job.targets, x), _float64s(job.scale, x)
     outer, inner = divmod(job.first_row + first, job.inner)
-    ignored, stream = 0, job.stream != 0
+    ignored = 0
     for row in range(first, last, _lanes(x)):
         count = min(_lanes(x), last - row)
         for r in range(count):
@@ -1403,7 +1420,7 @@ def _middle_rows(x_type, job, item, worker, with_grad):
                 g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
                 places[_G_AT + r] = g_at
                 # the gradient's own memory, unless it is of another dtype, or the logits are needed again
-                spare = stream or _is_half(x) or _is_large(scales[(row + r) * job.scale_step])
+                spare = _is_half(x) or _is_large(scales[(row + r) * job.scale_step])
                 places[_E_AT + r] = scratch + 8 * (_SLOTS + r * _PITCH) if spare else g_at
             inner += 1
             if inner == job.inner:
@@ -1413,7 +1430,7 @@ def _middle_rows(x_type, job, item, worker, with_grad):
         ignored += n_ignored
         if with_grad is not None:
             _factor_rows(x, job, row, count, gap, rest, slots, places)
-            _write_rows(x, 1, x, n, job, row, count, slots, places, stream)
+            _write_rows(x, 1, x, n, job, row, count, slots, places)
     _sum_tiles(x, job, first, last)
     return ignored
 
@@ -1448,7 +1465,7 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad):
             _factor_rows(x, job, row, count, gap, rest, slots, places)
             for r in range(count):  # where a large scale needs the logits again
                 places[_X_AT + r] = at + _size(x, r * job.x_inner)
-            _write_rows(x, job.x_class, block, n, job, row, count, slots, places, False)
+            _write_rows(x, job.x_class, block, n, job, row, count, slots, places)
             g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
             g = _pointer_like(g_at, x)
             _deliver(block, _PITCH, g, job.g_inner, job.g_class, count, n)
@@ -1900,14 +1917,14 @@ def _narrow_rows(x_type, job, item, worker, with_grad):
     targets = _int64s(job.targets, x)
     saved = _float64s(job.scratch + 8 * worker * job.scratch_size, x)  # rows' numbers, one by one
     work = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x)
-    lanes, kept_rows, row = _lanes(x), 0, first
+    lanes, ignored, row = _lanes(x), 0, first
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         count = min(lanes, last - row, job.inner - inner)
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
         _fetch_lanes(at, job.x_inner, job.x_class, count, n, work)
-        kept, target = _read_targets(x, targets, row, count, n)
-        kept_rows += _count_mask(kept)
+        kept, target, n_ignored = _read_targets(x, targets, row, count, n)
+        ignored += n_ignored
         m, target_logit = _splat(x, -np.inf), _splat(x, 0.0)
         for c in range(n):
             v = _vector_at(work, c * lanes)
@@ -1943,7 +1960,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad):
             _deliver_lanes(work, g, job.g_inner, job.g_class, count, n)
         row += count
     _sum_tiles(x, job, first, last)
-    return last - first - kept_rows
+    return ignored
 
 
 @njit(**_OPTIONS)
