@@ -297,12 +297,12 @@ class _Pointer:
         name = f"llvm.masked.store.{_suffix(value.type)}.p0"
         self.builder.call(_declare(self.builder, name, signature), operands)
 
-    def prefetch(self, index: Any) -> None:
+    def prefetch(self, index: Any, to_write: bool = False) -> None:
         at = self.builder.bitcast(self._at(index, 0), ir.IntType(8).as_pointer())
         number = ir.IntType(32)
         signature = ir.FunctionType(ir.VoidType(), [at.type, number, number, number])
         function = _declare(self.builder, "llvm.prefetch.p0", signature)
-        self.builder.call(function, [at, number(0), number(3), number(1)])
+        self.builder.call(function, [at, number(int(to_write)), number(3), number(1)])
 
     def _widened(self, v: _Value) -> _Value:
         if self.dtype == types.uint16:
@@ -626,6 +626,7 @@ def _transpose_in(source, step, n_vectors, n_lanes, out, out_step):
     for i in range(source.lanes):
         index = last.compare("<", i).select(last, last.of(i))  # a missing vector repeats the last
         rows.append(source.load_where(mask, index * step, 0.0))
+        source.prefetch(index * step + source.lanes)  # of the next group of rows, if lanes are rows
     for i, column in enumerate(_transposed(rows)):
         out.store(out_step * i, column)
 
@@ -636,6 +637,7 @@ def _transpose_out(source, source_step, out, step, n_vectors, n_lanes):
     columns = [source.load(source_step * i) for i in range(source.lanes)]
     for i, row in enumerate(_transposed(columns)):
         lanes = n_vectors.compare(">", i).select(n_lanes, n_lanes.of(0))
+        out.prefetch(step * i + out.lanes, to_write=True)
         out.store_where(_first(out, lanes), step * i, row)
 
 
