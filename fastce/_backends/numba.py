@@ -47,6 +47,7 @@ _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; not a power of two, for L1's sake
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**18  # of scratch that a thread keeps from call to call
+_FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
 _KEPT = 2**18  # the most exponentials kept between the two passes over a group of rows
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
@@ -1446,32 +1447,38 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad):
     scratch = job.scratch + 8 * worker * job.scratch_size
     slots, places = _float64s(scratch, x_type), _int64s(scratch, x_type)
     block = _reals_like(scratch + 8 * _SLOTS, x_type)
+    lanes = _lanes(x_type)
+    pitch = (n + lanes - 1) // lanes * lanes + lanes
+    most = max(lanes, min(_FETCHED, _FETCHED_BYTES // _size(block, pitch) // lanes * lanes))
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = min(_lanes(x_type), last - row, job.inner - inner)
+        fetched = min(most, last - row, job.inner - inner)
         at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
-        x = _pointer_like(at, x_type)
-        targets = _at(_int64s(job.targets, x), row)
-        _fetch(x, job.x_inner, job.x_class, count, n, block, _PITCH)
-        for r in range(count):
-            places[_X_AT + r] = places[_E_AT + r] = places[_G_AT + r] = (
-                scratch + 8 * _SLOTS + _size(block, r * _PITCH)
-            )
-            slots[_LOGIT + r] = 0.0
-            if 0 <= targets[r] < n:
-                slots[_LOGIT + r] = np.float64(_get(block, r * _PITCH + targets[r]))
-        _read_rows(block, n, job, row, count, slots, places, with_grad)
-        gap, rest, n_ignored = _finish_rows(x, job, row, count, slots, places)
-        ignored += n_ignored
+        _fetch(_pointer_like(at, x_type), job.x_inner, job.x_class, fetched, n, block, pitch)
+        for start in range(0, fetched, lanes):
+            count = min(lanes, fetched - start)
+            targets = _at(_int64s(job.targets, x_type), row + start)
+            for r in range(count):
+                places[_X_AT + r] = places[_E_AT + r] = places[_G_AT + r] = (
+                    scratch + 8 * _SLOTS + _size(block, (start + r) * pitch)
+                )
+                slots[_LOGIT + r] = 0.0
+                if 0 <= targets[r] < n:
+                    slots[_LOGIT + r] = np.float64(_get(block, (start + r) * pitch + targets[r]))
+            _read_rows(block, n, job, row + start, count, slots, places, with_grad)
+            gap, rest, n_ignored = _finish_rows(block, job, row + start, count, slots, places)
+            ignored += n_ignored
+            if with_grad is not None:
+                _factor_rows(block, job, row + start, count, gap, rest, slots, places)
+                for r in range(count):  # where a large scale needs the logits again
+                    places[_X_AT + r] = at + _size(x_type, (start + r) * job.x_inner)
+                x = _pointer_like(at, x_type)
+                _write_rows(x, job.x_class, block, n, job, row + start, count, slots, places)
         if with_grad is not None:
-            _factor_rows(x, job, row, count, gap, rest, slots, places)
-            for r in range(count):  # where a large scale needs the logits again
-                places[_X_AT + r] = at + _size(x, r * job.x_inner)
-            _write_rows(x, job.x_class, block, n, job, row, count, slots, places)
-            g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
-            g = _pointer_like(g_at, x)
-            _deliver(block, _PITCH, g, job.g_inner, job.g_class, count, n)
-        row += count
+            g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
+            g = _pointer_like(g_at, x_type)
+            _deliver(block, pitch, g, job.g_inner, job.g_class, fetched, n)
+        row += fetched
     _sum_tiles(x_type, job, first, last)
     return ignored
 
@@ -1584,7 +1591,9 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
     elif row_step == 1:
         for j in range(0, n, lanes):
             some = min(lanes, n - j)
-            _transpose_in(_at(x, j * class_step), class_step, some, count, _at(out, j), pitch)
+            for r in range(0, count, lanes):
+                source, target = _at(x, j * class_step + r), _at(out, r * pitch + j)
+                _transpose_in(source, class_step, some, min(lanes, count - r), target, pitch)
     else:
         for j in range(n):
             for r in range(count):
@@ -1603,7 +1612,9 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
     elif row_step == 1:
         for j in range(0, n, lanes):
             some = min(lanes, n - j)
-            _transpose_out(_at(source, j), pitch, _at(g, j * class_step), class_step, some, count)
+            for r in range(0, count, lanes):
+                block, target = _at(source, r * pitch + j), _at(g, j * class_step + r)
+                _transpose_out(block, pitch, target, class_step, some, min(lanes, count - r))
     else:
         for j in range(n):
             for r in range(count):
@@ -2185,7 +2196,7 @@ def _plan(n_classes: int, direct: bool, with_grad: bool) -> _Plan:
             kernels = (_middle_grad if with_grad else _middle,)
         else:
             kernels = (_middle_strided_grad if with_grad else _middle_strided,)
-        work = _SLOTS + _GROUP * _PITCH
+        work = _SLOTS + (_GROUP * _PITCH if direct else max(_FETCHED_BYTES // 8, _GROUP * (n_classes + 2 * _GROUP)))
     elif n_classes > _PART:
         kernels = (_long_read, _long_merge) + ((_long_grad,) if with_grad else ())
         item_rows = 1 if direct else _GROUP
@@ -2199,7 +2210,7 @@ def _plan(n_classes: int, direct: bool, with_grad: bool) -> _Plan:
         work = _WORK + _GROUP * (-(-n_classes // _BLOCK) + _PITCH)
         kept = _GROUP * (n_classes + _GROUP) if n_classes * _GROUP <= _KEPT else _PITCH
     if not direct:  # rows in the lanes of a vector
-        item_rows *= -(-_GROUP // item_rows)
+        item_rows *= -(-_FETCHED // item_rows)
     work += kept if with_grad else 0
     return _Plan(kernels, item_rows, -(-work // 8) * 8)
 
