@@ -44,11 +44,10 @@ _MAX_LEAD = 8.0  # how far the maximum may run ahead of the reference of a row's
 _PART = 2**18  # longer rows are cut into parts of so many classes, which threads share
 _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not reach low enough
 _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
-_PITCH = _BLOCK + 16  # between the rows of a transposed block; not a power of two, for L1's sake
+_PITCH = _BLOCK + 16  # between the rows of a transposed block; an odd number of lines, for L1's sake
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**18  # of scratch that a thread keeps from call to call
 _FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
-_KEPT = 2**18  # the most exponentials kept between the two passes over a group of rows
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
 _POLY = {
@@ -1040,9 +1039,9 @@ _JOB = (
 _M, _REF, _TOTAL, _CARRY, _TIES, _AHEAD, _STATE = 0, 1, 2, 3, 4, 5, 8
 # The start of a worker's scratch, in doubles: states of a group of rows; gap, gap_error, rest and
 # target's logit of each; then what the kernel needs.
-_GROUP = 16
-_PARTS = _GROUP * _STATE
-_WORK = _PARTS + 4 * _GROUP
+_TALL = 64
+_PARTS = _TALL * _STATE
+_WORK = _PARTS + 4 * _TALL
 
 
 # ---- Reading rows ----
@@ -1185,21 +1184,23 @@ def _finish_row(x, state, target_logit, parts, r):
         total, carry = _scale_sum(total, carry, state[_REF], m)
     rest = (total + carry) * _sum_unit(x) + (state[_TIES] - 1.0)
     gap, error, rest = _parts_of_loss(x, m, target_logit, rest)
-    parts[r], parts[_GROUP + r], parts[2 * _GROUP + r] = gap, error, rest
-    parts[3 * _GROUP + r] = target_logit
+    parts[r], parts[_TALL + r], parts[2 * _TALL + r] = gap, error, rest
+    parts[3 * _TALL + r] = target_logit
     return gap == gap
 
 
 @njit(**_OPTIONS)
 def _ignore_row(parts, r):
-    parts[r] = parts[_GROUP + r] = parts[2 * _GROUP + r] = 0.0
+    parts[r] = parts[_TALL + r] = parts[2 * _TALL + r] = 0.0
 
 
 @njit(**_OPTIONS)
 def _store_losses(x, parts, losses, first, count):
-    gap, error = _doubles_at(x, parts, 0), _doubles_at(x, parts, _GROUP)
-    rest = _doubles_at(x, parts, 2 * _GROUP)
-    _store_where(losses, _first_lanes(x, count), first, _loss(x, gap, error, rest))
+    lanes = _lanes(x)
+    for r in range(0, count, lanes):
+        gap, error = _doubles_at(x, parts, r), _doubles_at(x, parts, _TALL + r)
+        loss = _loss(x, gap, error, _doubles_at(x, parts, 2 * _TALL + r))
+        _store_where(losses, _first_lanes(x, count - r), first + r, loss)
 
 
 @njit(**_OPTIONS)
@@ -1313,6 +1314,7 @@ def _scale_lanes(x, job, row, count, saved):
 
 # ---- Kernels for rows of one block: lanes are classes, then rows ----
 
+_GROUP = 16
 # What is noted of each row of a group, _GROUP numbers each: addresses of its logits, exponentials and
 # gradient; its rank; maximum, target's logit and term; its sum, carry and ties; the gradient's factor.
 _X_AT, _E_AT, _G_AT, _RANK, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
@@ -1448,7 +1450,7 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad):
     slots, places = _float64s(scratch, x_type), _int64s(scratch, x_type)
     block = _reals_like(scratch + 8 * _SLOTS, x_type)
     lanes = _lanes(x_type)
-    pitch = (n + lanes - 1) // lanes * lanes + lanes
+    pitch = ((n + lanes - 1) // lanes | 1) * lanes  # an odd number of lines, for L1's sake
     most = max(lanes, min(_FETCHED, _FETCHED_BYTES // _size(block, pitch) // lanes * lanes))
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
@@ -1550,7 +1552,7 @@ def _direct_rows(x_type, job, item, worker, with_grad):
                 e = _terms_place(kept_terms, g, in_place and not large)
                 _read_row(at, n, state, target, target_logit, refs, e, 0 if large else 1, ranked)
                 finite = _finish_row(x, state, target_logit, parts, r)
-                m, gap, rest = state[_M], parts[r], parts[2 * _GROUP + r]
+                m, gap, rest = state[_M], parts[r], parts[2 * _TALL + r]
                 if not finite:
                     _fill(g, n, np.nan)
                 elif large:
@@ -1622,8 +1624,8 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
 
 
 @njit(**_OPTIONS)
-def _read_group(x, job, count, n, first_class, targets, states, parts, refs, block, kept, kept_pitch):
-    """Read n classes of count rows. Terms go to rows ``kept_pitch`` apart, or only refs if that is 0."""
+def _read_group(x, job, count, n, first_class, targets, states, parts, refs, block):
+    """Read n classes of count rows; note what the terms of each block are relative to."""
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     for b in range(n_blocks):
         start = b * _BLOCK
@@ -1632,62 +1634,51 @@ def _read_group(x, job, count, n, first_class, targets, states, parts, refs, blo
         _fetch(at, job.x_inner, job.x_class, count, size, block, _PITCH)
         for r in range(count):
             target = targets[r]
-            if not 0 <= target < job.n_classes:
-                continue
-            row, state = _at(block, r * _PITCH), _at(states, r * _STATE)
-            if kept is None:
-                _read_block(row, size, state, None)
-            else:
-                e = _at(kept, r * kept_pitch + (start if kept_pitch else 0))
-                refs[r * n_blocks + b] = _read_block(row, size, state, e)
-            if job.ranks != 0:
-                place = target - first_class - start
-                state[_AHEAD] += _count_before(row, size, place, parts[3 * _GROUP + r])
+            if 0 <= target < job.n_classes:
+                row, state = _at(block, r * _PITCH), _at(states, r * _STATE)
+                refs[r * n_blocks + b] = _read_block(row, size, state, None)
+                if job.ranks != 0:
+                    place = target - first_class - start
+                    state[_AHEAD] += _count_before(row, size, place, parts[3 * _TALL + r])
 
 
 @njit(**_OPTIONS)
-def _write_group(
-    x, job, row, count, n, first_class, states, parts, refs, block, kept, kept_pitch, g, g_inner, g_class
-):
-    """Write n classes of the gradient of count rows, from the terms kept or from the logits again."""
+def _write_group(x, job, row, count, n, first_class, states, parts, refs, block, g):
+    """Write n classes of the gradient of count rows, from terms computed as they were when read.
+
+    To keep them costs more than to compute them again: 64 rows of them leave the caches.
+    """
     targets, scales = _at(_int64s(job.targets, x), row), _float64s(job.scale, x)
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     unit = _sum_unit(block)
     for b in range(n_blocks):
         start = b * _BLOCK
         size = min(_BLOCK, n - start)
-        if kept_pitch == 0:
-            _fetch(_at(x, start * job.x_class), job.x_inner, job.x_class, count, size, block, _PITCH)
+        _fetch(_at(x, start * job.x_class), job.x_inner, job.x_class, count, size, block, _PITCH)
         for r in range(count):
-            out = _at(block, r * _PITCH)
-            target, scale = targets[r], scales[(row + r) * job.scale_step]
-            m, gap, rest = states[r * _STATE + _M], parts[r], parts[2 * _GROUP + r]
-            place = target - first_class - start
+            e = _at(block, r * _PITCH)
+            target, scale, ref = targets[r], scales[(row + r) * job.scale_step], refs[r * n_blocks + b]
+            m, gap, rest = states[r * _STATE + _M], parts[r], parts[2 * _TALL + r]
+            place, target_term = target - first_class - start, 0.0
             if not 0 <= target < job.n_classes:
-                _fill(out, size, 0.0)
+                _fill(e, size, 0.0)
                 continue
             if gap != gap:
-                _fill(out, size, np.nan)
+                _fill(e, size, np.nan)
                 continue
-            target_term = 0.0
             if _is_large(scale):
                 logits = _at(x, start * job.x_class + r * job.x_inner)
-                _write_plain(logits, job.x_class, size, m, rest, scale, out)
+                _write_plain(logits, job.x_class, size, m, rest, scale, e)
             else:
-                ref = refs[r * n_blocks + b]
-                e = out
-                if kept_pitch:
-                    e = _at(kept, r * kept_pitch + start)
-                else:
-                    v = _splat(out, ref if ref > -np.inf else 0.0)
-                    _sum_terms(out, size, v, v, out)
+                _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, e)
                 drop, again, error = _drop(ref, m)
                 if 0 <= place < size:
                     target_term = np.float64(_get(e, place)) * unit * drop * again
-                _write_block(e, size, drop, again, error, rest, scale, out, False)
+                _write_block(e, size, drop, again, error, rest, scale, e, False)
             if 0 <= place < size:
-                _set_target(_at(out, place), gap, target_term, rest, scale)
-        _deliver(block, _PITCH, _at(g, start * g_class), g_inner, g_class, count, size)
+                _set_target(_at(e, place), gap, target_term, rest, scale)
+        at = _at(g, start * job.g_class)
+        _deliver(block, _PITCH, at, job.g_inner, job.g_class, count, size)
 
 
 @njit(**_OPTIONS)
@@ -1700,7 +1691,7 @@ def _start_group(x, job, row, count, states, parts):
         target = targets[r]
         if 0 <= target < job.n_classes:
             logit = np.float64(_get(x, r * job.x_inner + target * job.x_class))
-            parts[3 * _GROUP + r] = logit
+            parts[3 * _TALL + r] = logit
         else:
             ignored += 1
     return ignored
@@ -1713,7 +1704,7 @@ def _finish_group(x, job, row, count, states, parts):
     for r in range(count):
         state, rank = _at(states, r * _STATE), -1
         if 0 <= targets[r] < job.n_classes:
-            if _finish_row(x, state, parts[3 * _GROUP + r], parts, r):
+            if _finish_row(x, state, parts[3 * _TALL + r], parts, r):
                 rank = np.int64(state[_AHEAD])
         else:
             _ignore_row(parts, r)
@@ -1729,29 +1720,20 @@ def _strided_rows(x_type, job, item, worker, with_grad):
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
     states = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
     parts, refs = _at(states, _PARTS), _at(states, _WORK)
-    n_blocks = (n + _BLOCK - 1) // _BLOCK
-    address = job.scratch + 8 * (worker * job.scratch_size + _WORK + _GROUP * n_blocks)
-    block = _reals_like(address, x)
-    kept = _reals_like(address + 8 * _GROUP * _PITCH, x)
-    kept_pitch = n + _GROUP if n * _GROUP <= _KEPT else 0
-    lanes, ignored, row = _lanes(x), 0, first
+    n_refs = _TALL * ((n + _BLOCK - 1) // _BLOCK)
+    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x)
+    ignored, row = 0, first
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = min(lanes, last - row, job.inner - inner)
+        count = min(_TALL, last - row, job.inner - inner)
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
         targets = _at(_int64s(job.targets, x), row)
         ignored += _start_group(at, job, row, count, states, parts)
-        if with_grad is None:
-            _read_group(at, job, count, n, 0, targets, states, parts, refs, block, None, 0)
-        else:
-            _read_group(at, job, count, n, 0, targets, states, parts, refs, block, kept, kept_pitch)
+        _read_group(at, job, count, n, 0, targets, states, parts, refs, block)
         _finish_group(at, job, row, count, states, parts)
         if with_grad is not None:
             g = _at(grad, outer * job.g_outer + inner * job.g_inner)
-            _write_group(
-                at, job, row, count, n, 0, states, parts, refs, block, kept, kept_pitch,
-                g, job.g_inner, job.g_class,
-            )  # fmt: skip
+            _write_group(at, job, row, count, n, 0, states, parts, refs, block, g)
         row += count
     _sum_tiles(x, job, first, last)
     return ignored
@@ -1761,9 +1743,9 @@ def _strided_rows(x_type, job, item, worker, with_grad):
 
 
 @njit(**_OPTIONS)
-def _rows_of(x, job, first, last):
-    """How many rows from ``first`` on are a group: one step apart, and no more than lanes."""
-    return min(_lanes(x), last - first, job.inner - (job.first_row + first) % job.inner)
+def _rows_of(job, first, last):
+    """How many rows from ``first`` on are a group: one step apart, and no more than _TALL."""
+    return min(_TALL, last - first, job.inner - (job.first_row + first) % job.inner)
 
 
 @njit(**_OPTIONS)
@@ -1780,10 +1762,11 @@ def _read_part(x_type, job, item, worker):
     n = min(_PART, job.n_classes - first_class)
     scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
     parts, states, refs = _at(scratch, _PARTS), _float64s(job.states, x_type), _at(scratch, _WORK)
-    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x_type)
+    n_refs = _TALL * (_PART // _BLOCK)
+    block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x_type)
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = 1 if job.x_class == 1 else _rows_of(x_type, job, row, last)
+        count = 1 if job.x_class == 1 else _rows_of(job, row, last)
         x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
         targets = _at(_int64s(job.targets, x), row)
         _start_group(x, job, row, count, scratch, parts)
@@ -1791,10 +1774,10 @@ def _read_part(x_type, job, item, worker):
         if job.x_class == 1:
             target = targets[0]
             if 0 <= target < job.n_classes:
-                place, logit = target - first_class, parts[3 * _GROUP]
+                place, logit = target - first_class, parts[3 * _TALL]
                 _read_row(at, n, scratch, place, logit, refs, None, 1, job.ranks != 0)
         else:
-            _read_group(at, job, count, n, first_class, targets, scratch, parts, refs, block, None, 0)
+            _read_group(at, job, count, n, first_class, targets, scratch, parts, refs, block)
         for r in range(count):
             for i in range(_STATE):
                 states[((row + r) * job.n_parts + part) * _STATE + i] = scratch[r * _STATE + i]
@@ -1838,7 +1821,7 @@ def _merge_parts(x_type, job, item, worker):
         _finish_group(x, job, row, 1, scratch, parts)
         # what the gradient needs
         for i in range(4):
-            merged[_TOTAL + i] = parts[i * _GROUP]
+            merged[_TOTAL + i] = parts[i * _TALL]
     _sum_tiles(x_type, job, 0, job.n_rows)
     return ignored
 
@@ -1850,12 +1833,12 @@ def _write_part(x_type, job, item, worker):
     n = min(_PART, job.n_classes - first_class)
     scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
     parts, states, refs = _at(scratch, _PARTS), _float64s(job.states, x_type), _at(scratch, _WORK)
-    n_refs = _GROUP * (_PART // _BLOCK)
+    n_refs = _TALL * (_PART // _BLOCK)
     block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x_type)
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = _rows_of(x_type, job, row, last)
+        count = _rows_of(job, row, last)
         x_at = outer * job.x_outer + inner * job.x_inner + first_class * job.x_class
         g_at = outer * job.g_outer + inner * job.g_inner + first_class * job.g_class
         x = _pointer_like(job.x + _size(x_type, x_at), x_type)
@@ -1864,13 +1847,10 @@ def _write_part(x_type, job, item, worker):
             merged = _at(states, (row + r) * job.n_parts * _STATE)
             scratch[r * _STATE + _M] = merged[_M]
             for i in range(4):
-                parts[i * _GROUP + r] = merged[_TOTAL + i]
+                parts[i * _TALL + r] = merged[_TOTAL + i]
             for b in range(n_blocks):
                 refs[r * n_blocks + b] = merged[_M]
-        _write_group(
-            x, job, row, count, n, first_class, scratch, parts, refs, block, block, 0,
-            g, job.g_inner, job.g_class,
-        )  # fmt: skip
+        _write_group(x, job, row, count, n, first_class, scratch, parts, refs, block, g)
         row += count
     return 0
 
@@ -2199,16 +2179,15 @@ def _plan(n_classes: int, direct: bool, with_grad: bool) -> _Plan:
         work = _SLOTS + (_GROUP * _PITCH if direct else max(_FETCHED_BYTES // 8, _GROUP * (n_classes + 2 * _GROUP)))
     elif n_classes > _PART:
         kernels = (_long_read, _long_merge) + ((_long_grad,) if with_grad else ())
-        item_rows = 1 if direct else _GROUP
-        work = _WORK + _GROUP * (_PART // _BLOCK + _PITCH)
+        item_rows = 1 if direct else _TALL
+        work = _WORK + _TALL * (_PART // _BLOCK + _PITCH)
     elif direct:
         kernels = (_direct_grad if with_grad else _direct,)
         work = _WORK + _PART // _BLOCK
         kept = n_classes
     else:
         kernels = (_strided_grad if with_grad else _strided,)
-        work = _WORK + _GROUP * (-(-n_classes // _BLOCK) + _PITCH)
-        kept = _GROUP * (n_classes + _GROUP) if n_classes * _GROUP <= _KEPT else _PITCH
+        work = _WORK + _TALL * (-(-n_classes // _BLOCK) + _PITCH)
     if not direct:  # rows in the lanes of a vector
         item_rows *= -(-_FETCHED // item_rows)
     work += kept if with_grad else 0
