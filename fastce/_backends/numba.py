@@ -23,7 +23,7 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numba
 import numpy as np
@@ -46,7 +46,7 @@ _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not rea
 _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; an odd number of lines, for L1's sake
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
-_SPARE_WORDS = 2**18  # of scratch that a thread keeps from call to call
+_SPARE_WORDS = 2**20  # of scratch that a thread keeps from call to call
 _FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
@@ -67,8 +67,8 @@ _SUM_FLOOR = {32: -131.0, 64: -1060.0}
 # A gradient's factor below the first is lifted by 2^second while it is applied.
 _SMALL = {32: 2.0**-40, 64: 2.0**-300}
 _LIFT = {32: 96, 64: 600}
-# Vectors worked on as one value: LLVM splits it, and so interleaves them. More would not fit the registers:
-# on AVX-512 four take a sixth less time than one after the other, and eight take as long again.
+# Vectors worked on as one value: LLVM splits it, and so interleaves them. On AVX-512 four take a sixth
+# less time than one after the other; eight spill registers, and take as long again.
 _TOGETHER = 4 if get_host_cpu_features().get("avx512f") else 2
 _LOG1P = (
     "0x1.2f0d58deeae08p-3 0x1.39a0fac5a8dd7p-3 0x1.746645ede9703p-3 0x1.c71c51e94c1b1p-3"
@@ -232,7 +232,8 @@ class _Value:
         return _Value(self.builder, self.builder.shuffle_vector(self.value, other.value, mask))
 
     def repeated(self, lanes: int) -> _Value:
-        return self if lanes == self.lanes else self.shuffled(self, [*range(self.lanes)] * (lanes // self.lanes))
+        times = lanes // self.lanes
+        return self if times == 1 else self.shuffled(self, [*range(self.lanes)] * times)
 
     def halves(self) -> tuple[_Value, _Value]:
         half = self.lanes // 2
@@ -270,11 +271,9 @@ class _Pointer:
         """Load the lanes where the mask is true; the others are not read."""
         at = self._at(index, mask.lanes)
         vector = at.type.pointee
-        if self.dtype in (types.uint16, types.int16):
-            other = [_half_bits(fill, self.dtype)] * mask.lanes
-        else:
-            other = [fill] * mask.lanes
-        operands = [at, ir.IntType(32)(self._align), mask.value, ir.Constant(vector, other)]
+        other: Any = _half_bits(fill, self.dtype) if self.dtype in _HALVES else fill
+        others = ir.Constant(vector, [other] * mask.lanes)
+        operands = [at, ir.IntType(32)(self._align), mask.value, others]
         signature = ir.FunctionType(vector, [operand.type for operand in operands])
         function = _declare(self.builder, f"llvm.masked.load.{_suffix(vector)}.p0", signature)
         return self._widened(_Value(self.builder, self.builder.call(function, operands)))
@@ -312,7 +311,7 @@ class _Pointer:
         return v
 
     def _narrowed(self, v: _Value) -> _Value:
-        if self.dtype in (types.uint16, types.int16):
+        if self.dtype in _HALVES:
             v = v.rounded(32)
         if self.dtype == types.uint16:  # to nearest, ties to even; no overflow into -0: see numpy.py
             bits = v.as_bits()
@@ -321,6 +320,9 @@ class _Pointer:
         if self.dtype == types.int16:
             return v.as_type("fptrunc", ir.HalfType()).as_type("bitcast", ir.IntType(16))
         return v.rounded(self.dtype.bitwidth)
+
+
+_HALVES = (types.uint16, types.int16)
 
 
 def _half_bits(value: float, dtype: types.Type) -> int:
@@ -364,8 +366,7 @@ def _same(first: Any, *_: Any) -> types.Type:
     return first
 
 
-def _none(*_: Any) -> types.Type:
-    return types.void
+_none = types.void
 
 
 def _several(*results: Any) -> Callable[..., types.Type]:
@@ -377,7 +378,7 @@ def _result(result: Any, args: Any) -> types.Type:
 
 
 def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Make an intrinsic of a function over `_Value` and `_Pointer`; ``result`` says what type it returns."""
+    """Make an intrinsic of a function over `_Value` and `_Pointer`; ``result`` is or makes its type."""
 
     def decorate(emit: Callable[..., Any]) -> Any:
         def typed(typingctx: Any, *args: Any) -> Any:
@@ -413,7 +414,7 @@ def _operand(builder: Any, value: Any, kind: types.Type) -> Any:
 
 
 def _fma(a: _Value, b: Any, c: Any) -> _Value:
-    """a * b + c, fused where the machine can; right either way."""
+    """Return a * b + c, fused where the machine can; right either way."""
     return a.call("fmuladd", b, c)
 
 
@@ -527,7 +528,7 @@ def _set(pointer, i, value):
 
 @_emits(types.int64)
 def _size(pointer, n):
-    """The bytes of n elements."""
+    """Return the bytes of n elements."""
     return n * (int(pointer.dtype.bitwidth) // 8)
 
 
@@ -563,7 +564,7 @@ def _doubles_at(pointer, doubles, i):
 
 @_emits(_vector)
 def _reals_at(pointer, doubles, i):
-    """The same, rounded to the dtype that is computed in; they are numbers of it."""
+    """Return the same as the dtype that is computed in; they are numbers of it."""
     return doubles.load(i, pointer.lanes).rounded(_bits_of(pointer))
 
 
@@ -583,7 +584,7 @@ def _first_lanes(pointer, n):
 
 
 def _first(pointer: _Pointer, n: _Value) -> _Value:
-    """The mask of the first n lanes."""
+    """Return the mask of the first n lanes."""
     index = ir.Constant(ir.VectorType(ir.IntType(32), pointer.lanes), list(range(pointer.lanes)))
     few = n.as_type("trunc", ir.IntType(32))
     return _Value(pointer.builder, index).compare("<", few)
@@ -591,7 +592,7 @@ def _first(pointer: _Pointer, n: _Value) -> _Value:
 
 @_emits(_vector)
 def _splat(pointer, value):
-    """A vector of the dtype that is computed in, from a double that it holds exactly."""
+    """Return a vector of the dtype that is computed in, from a double that is a number of it."""
     return value.rounded(_bits_of(pointer)).splat(pointer.lanes)
 
 
@@ -633,7 +634,7 @@ def _transpose_in(source, step, n_vectors, n_lanes, out, out_step):
 
 @_emits(_none)
 def _transpose_out(source, source_step, out, step, n_vectors, n_lanes):
-    """The reverse: only the first n_lanes of the first n_vectors are written."""
+    """Do the reverse: only the first n_lanes of the first n_vectors are written."""
     columns = [source.load(source_step * i) for i in range(source.lanes)]
     for i, row in enumerate(_transposed(columns)):
         lanes = n_vectors.compare(">", i).select(n_lanes, n_lanes.of(0))
@@ -656,7 +657,7 @@ def _larger_of(a, b):
 
 @_emits(_vector)
 def _larger_strip(x, i, top):
-    """The larger of ``top`` and eight vectors from i on, lane by lane."""
+    """Return the largest of ``top`` and eight vectors from i on, lane by lane."""
     strip = x.load(i, 8 * x.lanes)
     while strip.lanes > x.lanes:
         strip = _larger(*strip.halves())
@@ -685,7 +686,7 @@ def _terms(count: int) -> Any:
 
     @_emits(_several(_vector, _vector))
     def terms(x, i, ref, m, e, ties):
-        """The sum of exp(x - ref) over the classes below m, and ``ties`` with those equal to m counted.
+        """Sum exp(x - ref) over the classes below m, and count in ``ties`` those equal to m.
 
         The exponentials are stored in e, if it is given: all of them. Without m all classes count.
         """
@@ -732,7 +733,7 @@ _terms4, _terms2, _terms1 = map(_terms, (4, 2, 1))
 
 @_emits(_several(_vector, _vector))
 def _terms_end(x, i, left, ref, m, e, ties):
-    """The same of the last classes of a row, fewer than a vector holds."""
+    """Do the same with the last classes of a row, fewer than a vector holds."""
     mask = _first(x, left)
     v = x.load_where(mask, i, -math.inf)
     # a lane without a class may equal a maximum of -inf, and is no tie
@@ -748,7 +749,7 @@ def _plus(a, b):
 
 @_emits(_several(_same, _same))
 def _add(total, carry, part):
-    """Add a part to a sum of doubles: float32 has 29 bits to spare there, float64 carries its errors."""
+    """Add to a sum of doubles, where float32 has 29 bits to spare; float64 carries its errors."""
     if part.bits == 32:
         return total + part.double(), carry
     total, error = _two_sum(total, part)
@@ -785,7 +786,7 @@ def _two_sum_of(a, b):
 
 @_emits(_same)
 def _total_of(total, carry, ties):
-    """The sum over all classes but one maximum, from sums in the unit of the terms, and the ties."""
+    """Return the sum over all classes but one maximum, from sums of terms, and the ties."""
     unit = 2.0 ** -_SUM_SHIFT[ties.bits]
     return (total + carry) * unit + (ties.double() - 1.0)
 
@@ -811,10 +812,11 @@ def _loss(x, gap, error, rest):
 
 
 def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value, error: _Value) -> Any:
-    """What turns a stored exponential into a gradient: hi + lo, then ``down``; e below ``least`` gives 0.
+    """Return hi, lo, down and least: a term e becomes e * (hi + lo) * down, or 0 if it is below least.
 
-    The product is scale / (1 + rest) * drop * again * (1 + error) / 2^_SUM_SHIFT. Where it is small, it is lifted, and ``down``
-    takes that back: neither it nor any product of it that counts is then less than a normal number.
+    The product is scale / (1 + rest) * drop * again * (1 + error) / 2^_SUM_SHIFT. Where it is small, it
+    is lifted, and ``down`` takes that back: neither it nor any product of it that counts is then less
+    than a normal number.
     """
     total = rest + 1.0
     unit = scale / total
@@ -986,7 +988,7 @@ def _narrow_gradient(work, c, kept, target, target_gradient, hi, lo, down, least
 
 @_emits(_several(_vector, _vector, _vector, _vector, _vector))
 def _lane_factors(x, gap, target_term, rest, scale):
-    """The rows' factors and their targets' gradients; NaN in rows that are not finite."""
+    """Return the rows' factors and their targets' gradients; NaN in rows that are not finite."""
     bits = _bits_of(x)
     finite = gap.compare("ord", gap)
     scale = finite.select(scale, math.nan)
@@ -1034,12 +1036,12 @@ _JOB = (
     # scratch: so many words for each worker; states: of the parts of long rows
     *("scratch", "scratch_size", "states", "n_parts"),
 )
-# A row while it is read: its maximum; what its terms are relative to, within _MAX_LEAD below it; the sum
-# of the terms and its carry; how many classes equal the maximum; how many are ahead of the target.
+# A row while it is read: its maximum; what its terms are relative to, within _MAX_LEAD below it; the
+# sum of the terms and its carry; how many classes equal the maximum; how many are ahead of the target.
 _M, _REF, _TOTAL, _CARRY, _TIES, _AHEAD, _STATE = 0, 1, 2, 3, 4, 5, 8
 # The start of a worker's scratch, in doubles: states of a group of rows; gap, gap_error, rest and
 # target's logit of each; then what the kernel needs.
-_TALL = 64
+_TALL = 256
 _PARTS = _TALL * _STATE
 _WORK = _PARTS + 4 * _TALL
 
@@ -1049,7 +1051,7 @@ _WORK = _PARTS + 4 * _TALL
 
 @njit(**_OPTIONS)
 def _largest(x, n):
-    """The largest of n classes in each lane."""
+    """Return the largest of n classes in each lane."""
     lanes = _lanes(x)
     top = _splat(x, -np.inf)
     whole = n - n % lanes
@@ -1065,7 +1067,7 @@ def _largest(x, n):
 
 @njit(**_OPTIONS)
 def _sum_terms(x, n, ref, m, e):
-    """Sums and carries in doubles, and ties, in each lane, of n classes; stores the terms in e if given."""
+    """Return sums, carries and ties of n classes in each lane; store the terms in e if it is given."""
     lanes = _lanes(x)
     total, carry = _splat_double(x, 0.0), _splat_double(x, 0.0)
     ties, part = _splat(x, 0.0), _splat(x, 0.0)
@@ -1089,7 +1091,7 @@ def _sum_terms(x, n, ref, m, e):
 
 @njit(**_OPTIONS)
 def _drop(ref, m):
-    """Return a, b and c with exp(ref - m) = a * b * (1 + c); a and b are normal numbers if it matters."""
+    """Return a, b and c with exp(ref - m) = a * b * (1 + c); a and b are normal if it matters."""
     if ref == m:
         return 1.0, 1.0, 0.0
     d, error = _two_sum_of(ref, -m)
@@ -1205,7 +1207,7 @@ def _store_losses(x, parts, losses, first, count):
 
 @njit(**_OPTIONS)
 def _tile_sum(losses, first, n):
-    """The compensated sum of n losses."""
+    """Return the compensated sum of n losses."""
     lanes = _lanes(losses)
     total, carry = _splat_double(losses, 0.0), _splat_double(losses, 0.0)
     for i in range(0, n, lanes):
@@ -1229,7 +1231,7 @@ def _sum_tiles(x, job, first, last):
 
 @njit(**_OPTIONS)
 def _scale_row(e, n, hi, lo, down, least, g, stream):
-    """g = the exponentials in e, times a factor."""
+    """Write the exponentials in e, times a factor, to g."""
     lanes = _lanes(e)
     i = 0
     if stream:
@@ -1251,14 +1253,14 @@ def _scale_row(e, n, hi, lo, down, least, g, stream):
 
 @njit(**_OPTIONS)
 def _write_block(e, n, drop, again, error, rest, scale, g, stream):
-    """g = scale / (1 + rest) * drop * again * (1 + error) times the exponentials in e."""
+    """Write the exponentials in e, times scale / (1 + rest) * drop * again * (1 + error), to g."""
     hi, lo, down, least = _row_factor(e, scale, rest, drop, again, error)
     _scale_row(e, n, hi, lo, down, least, g, stream)
 
 
 @njit(**_OPTIONS)
 def _write_plain(x, step, n, m, rest, scale, g):
-    """The same from logits ``step`` apart, in doubles: where |scale| is so large that it is rare."""
+    """Write the same from logits ``step`` apart, in doubles: for scales so large that they are rare."""
     unit = scale / (1.0 + rest)
     for j in range(n):
         d, r = _two_sum_of(np.float64(_get(x, j * step)), -m)
@@ -1303,7 +1305,7 @@ def _finish_lanes(x, job, row, count, kept, m, target_logit, totals, carries, ti
 
 @njit(**_OPTIONS)
 def _scale_lanes(x, job, row, count, saved):
-    """The upstream gradients of count rows; ``saved`` is room for them."""
+    """Return the upstream gradients of count rows; ``saved`` is room for them."""
     scales = _at(_float64s(job.scale, x), row * job.scale_step)
     if job.scale_step == 0:
         return _splat_double(x, scales[0])
@@ -1330,7 +1332,8 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad):
     for start in range(0, count, step):
         stop = min(start + step, count)
         for r in range(start, stop):
-            slots[_MAXIMUM + r], slots[_SUM + r], slots[_ERROR + r], slots[_TIED + r] = 0.0, 0.0, 0.0, 1.0
+            slots[_MAXIMUM + r] = slots[_SUM + r] = slots[_ERROR + r] = 0.0
+            slots[_TIED + r] = 1.0
             if 0 <= targets[r] < n:
                 at = _pointer_like(places[_X_AT + r], x)
                 slots[_MAXIMUM + r] = _largest_lane(_largest(at, n))
@@ -1424,7 +1427,7 @@ def _middle_rows(x_type, job, item, worker, with_grad):
             if with_grad is not None:
                 g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
                 places[_G_AT + r] = g_at
-                # the gradient's own memory, unless it is of another dtype, or the logits are needed again
+                # the gradient's memory, unless it is of another dtype, or the logits are needed again
                 spare = _is_half(x) or _is_large(scales[(row + r) * job.scale_step])
                 places[_E_AT + r] = scratch + 8 * (_SLOTS + r * _PITCH) if spare else g_at
             inner += 1
@@ -1490,7 +1493,7 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad):
 
 @njit(**_OPTIONS)
 def _read_row(x, n, state, target, target_logit, refs, e, step, ranked):
-    """Read n classes of a row. Terms go to e, if given: block after block if step is 1, each to the same."""
+    """Read n classes of a row. Terms go to e, if given: each block's to the same place if step is 0."""
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         block = _at(x, start)
@@ -1523,7 +1526,7 @@ def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream):
 
 @njit(**_OPTIONS)
 def _direct_rows(x_type, job, item, worker, with_grad):
-    """The rows of a tile, one after the other."""
+    """Compute the rows of a tile, one after the other."""
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
@@ -1725,7 +1728,7 @@ def _strided_rows(x_type, job, item, worker, with_grad):
     ignored, row = 0, first
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = min(_TALL, last - row, job.inner - inner)
+        count = _rows_of(x_type, job, row, last)
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
         targets = _at(_int64s(job.targets, x), row)
         ignored += _start_group(at, job, row, count, states, parts)
@@ -1743,9 +1746,10 @@ def _strided_rows(x_type, job, item, worker, with_grad):
 
 
 @njit(**_OPTIONS)
-def _rows_of(job, first, last):
-    """How many rows from ``first`` on are a group: one step apart, and no more than _TALL."""
-    return min(_TALL, last - first, job.inner - (job.first_row + first) % job.inner)
+def _rows_of(x, job, first, last):
+    """How many rows from ``first`` on are a group: one step apart, and a block of them in 1 MiB."""
+    most = min(_TALL, 1024 // _size(x, 1))
+    return min(most, last - first, job.inner - (job.first_row + first) % job.inner)
 
 
 @njit(**_OPTIONS)
@@ -1766,7 +1770,7 @@ def _read_part(x_type, job, item, worker):
     block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x_type)
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = 1 if job.x_class == 1 else _rows_of(job, row, last)
+        count = 1 if job.x_class == 1 else _rows_of(x_type, job, row, last)
         x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
         targets = _at(_int64s(job.targets, x), row)
         _start_group(x, job, row, count, scratch, parts)
@@ -1838,7 +1842,7 @@ def _write_part(x_type, job, item, worker):
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = _rows_of(job, row, last)
+        count = _rows_of(x_type, job, row, last)
         x_at = outer * job.x_outer + inner * job.x_inner + first_class * job.x_class
         g_at = outer * job.g_outer + inner * job.g_inner + first_class * job.g_class
         x = _pointer_like(job.x + _size(x_type, x_at), x_type)
@@ -2041,7 +2045,8 @@ def _address_of(kernel: Callable[..., None], dtype: np.dtype[Any]) -> int:
     job = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _JOB])))
     signature = types.int64(types.CPointer(_DTYPES[dtype]), job, types.int64, types.int64)
     with _compiling:
-        return int(numba.cfunc(signature, cache=True, **_OPTIONS)(kernel).address)
+        address: int = numba.cfunc(signature, cache=True, **_OPTIONS)(kernel).address
+        return address
 
 
 # ---- Items of work, one after the other or spread over threads ----
@@ -2080,7 +2085,7 @@ def _run_serially(kernel, job, n_items):
 
 @njit(cache=True, nogil=True, parallel=True, **_OPTIONS)
 def _run_in_parallel(kernel, job, n_items, counter, n_workers):
-    """The same, each worker taking the next item when it has done one."""
+    """Do the same, each worker taking the next item when it has done one."""
     ignored = 0
     for worker in prange(n_workers):
         n, item = 0, _take(counter)
@@ -2176,7 +2181,7 @@ def _plan(n_classes: int, direct: bool, with_grad: bool) -> _Plan:
             kernels = (_middle_grad if with_grad else _middle,)
         else:
             kernels = (_middle_strided_grad if with_grad else _middle_strided,)
-        work = _SLOTS + (_GROUP * _PITCH if direct else max(_FETCHED_BYTES // 8, _GROUP * (n_classes + 2 * _GROUP)))
+        work = _SLOTS + max(_GROUP * _PITCH, 0 if direct else _FETCHED_BYTES // 8)
     elif n_classes > _PART:
         kernels = (_long_read, _long_merge) + ((_long_grad,) if with_grad else ())
         item_rows = 1 if direct else _TALL
@@ -2213,7 +2218,7 @@ def _address(array: NDArray[Any]) -> int:
     NumPy's array interface as a C structure: its sixth word is the address.
     """
     interface = array.__array_struct__
-    return _six_words.from_address(_capsule_address(interface, None))[5]
+    return int(_six_words.from_address(_capsule_address(interface, None) or 0)[5])
 
 
 # The job, and then the counter of items.
@@ -2222,7 +2227,7 @@ _spare = threading.local()
 
 
 class _Memory:
-    """At least so many words, aligned to 64 bytes; kept for the thread's next call unless they are many."""
+    """So many words, aligned to 64 bytes; kept for the thread's next call, unless they are many."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -2234,7 +2239,7 @@ class _Memory:
             block = words[shift : shift + size], _address(words) + 8 * shift
         self.words, self.address = block
 
-    def __enter__(self) -> _Memory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
