@@ -366,7 +366,7 @@ def _same(first: Any, *_: Any) -> types.Type:
     return first
 
 
-_none = types.void
+_none: types.Type = types.void
 
 
 def _several(*results: Any) -> Callable[..., types.Type]:
@@ -374,7 +374,8 @@ def _several(*results: Any) -> Callable[..., types.Type]:
 
 
 def _result(result: Any, args: Any) -> types.Type:
-    return result if isinstance(result, types.Type) else result(*args)
+    made: types.Type = result if isinstance(result, types.Type) else result(*args)
+    return made
 
 
 def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -697,6 +698,8 @@ def _terms(count: int) -> Any:
             v = x.load(at, together * x.lanes)
             for line in range(together):
                 x.prefetch(at + (_BLOCK + line * x.lanes))  # where the reader will be next
+                if e:
+                    e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
             term, counted = _counted_term(v, ref, m, e and (lambda t, at=at: e.store(at, t)))
             sums.append(term)
             tied.append(counted)
