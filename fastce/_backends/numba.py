@@ -362,7 +362,7 @@ def _mask(first: Any, *_: Any) -> types.Type:
     return _Vector(types.boolean, _lanes_of(first.dtype))
 
 
-def _same(first: Any, *_: Any) -> types.Type:
+def _same(first: types.Type, *_: Any) -> types.Type:
     return first
 
 
@@ -618,8 +618,8 @@ def _load_where(pointer, mask, i):
 
 
 @_emits(_none)
-def _transpose_in(source, step, n_vectors, n_lanes, out, out_step):
-    """Load vectors ``step`` apart, transpose, and store them ``out_step`` apart.
+def _transpose_in(source, step, ahead, n_vectors, n_lanes, out, out_step):
+    """Load vectors ``step`` apart, transpose, and store them ``out_step`` apart; fetch those ``ahead``.
 
     Only the first n_lanes of the first n_vectors are read; every lane of every vector is written.
     """
@@ -628,18 +628,18 @@ def _transpose_in(source, step, n_vectors, n_lanes, out, out_step):
     for i in range(source.lanes):
         index = last.compare("<", i).select(last, last.of(i))  # a missing vector repeats the last
         rows.append(source.load_where(mask, index * step, 0.0))
-        source.prefetch(index * step + source.lanes)  # of the next group of rows, if lanes are rows
+        source.prefetch(index * step + ahead)
     for i, column in enumerate(_transposed(rows)):
         out.store(out_step * i, column)
 
 
 @_emits(_none)
-def _transpose_out(source, source_step, out, step, n_vectors, n_lanes):
+def _transpose_out(source, source_step, out, step, ahead, n_vectors, n_lanes):
     """Do the reverse: only the first n_lanes of the first n_vectors are written."""
     columns = [source.load(source_step * i) for i in range(source.lanes)]
     for i, row in enumerate(_transposed(columns)):
         lanes = n_vectors.compare(">", i).select(n_lanes, n_lanes.of(0))
-        out.prefetch(step * i + out.lanes, to_write=True)
+        out.prefetch(step * i + ahead, to_write=True)
         out.store_where(_first(out, lanes), step * i, row)
 
 
@@ -698,7 +698,7 @@ def _terms(count: int) -> Any:
             v = x.load(at, together * x.lanes)
             for line in range(together):
                 x.prefetch(at + (_BLOCK + line * x.lanes))  # where the reader will be next
-                if e:
+                if e:  # in a gradient that is not in the caches
                     e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
             term, counted = _counted_term(v, ref, m, e and (lambda t, at=at: e.store(at, t)))
             sums.append(term)
@@ -1601,7 +1601,7 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
             some = min(lanes, n - j)
             for r in range(0, count, lanes):
                 source, target = _at(x, j * class_step + r), _at(out, r * pitch + j)
-                _transpose_in(source, class_step, some, min(lanes, count - r), target, pitch)
+                _transpose_in(source, class_step, lanes, some, min(lanes, count - r), target, pitch)
     else:
         for j in range(n):
             for r in range(count):
@@ -1622,7 +1622,7 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
             some = min(lanes, n - j)
             for r in range(0, count, lanes):
                 block, target = _at(source, r * pitch + j), _at(g, j * class_step + r)
-                _transpose_out(block, pitch, target, class_step, some, min(lanes, count - r))
+                _transpose_out(block, pitch, target, class_step, lanes, some, min(lanes, count - r))
     else:
         for j in range(n):
             for r in range(count):
@@ -1876,7 +1876,9 @@ def _fetch_lanes(x, row_step, class_step, count, n, work):
     elif class_step == 1:
         for c in range(0, n, lanes):
             some = min(lanes, n - c)
-            _transpose_in(_at(x, c), row_step, count, some, _at(work, c * lanes), lanes)
+            _transpose_in(
+                _at(x, c), row_step, lanes * row_step, count, some, _at(work, c * lanes), lanes
+            )
     else:
         for c in range(n):
             for r in range(lanes):
@@ -1894,7 +1896,9 @@ def _deliver_lanes(work, g, row_step, class_step, count, n):
     elif class_step == 1:
         for c in range(0, n, lanes):
             some = min(lanes, n - c)
-            _transpose_out(_at(work, c * lanes), lanes, _at(g, c), row_step, count, some)
+            _transpose_out(
+                _at(work, c * lanes), lanes, _at(g, c), row_step, lanes * row_step, count, some
+            )
     else:
         for c in range(n):
             for r in range(count):
