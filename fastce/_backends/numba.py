@@ -2148,6 +2148,17 @@ class NumbaKernels:
         """Return Numba's limit for the calling thread."""
         return int(numba.get_num_threads())
 
+    def plain(
+        self,
+        logits: object,
+        targets: object,
+        ignore_index: object,
+        max_elements: int,
+        wants_losses: bool,
+        grad_scale: float | None,
+    ) -> None:
+        """Return None: the Python around these kernels is not what takes the time."""
+
     def rows(
         self,
         logits: NDArray[Any],
