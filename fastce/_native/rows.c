@@ -1,5 +1,6 @@
 /* The instantiation matrix: row_body.inc once for each (dtype, instruction set), and the table that
- * kernels.pyx chooses from. GCC or clang, for their vector types and target pragmas. The file itself is compiled for the baseline of its platform; only
+ * kernels.pyx chooses from. For GCC or clang, because of their vector types and target pragmas.
+ * The file itself is compiled for the baseline of its platform; only
  * the functions between push and pop may use more, and only after a check at run time. */
 #include "rows.h"
 

@@ -35,8 +35,8 @@ typedef struct {
      * tile of them and return how many were ignored. For rows of at most FASTCE_SEGMENT classes. */
     ptrdiff_t (*rows)(const fastce_call *, ptrdiff_t first, ptrdiff_t n, ptrdiff_t tile, void *scratch,
                       double *sums);
-    /* Longer rows, cut every FASTCE_SEGMENT classes: read one segment of one row; then finish the row, given
-     * its parts in order, leaving its factors in part 0; then write one segment of the gradient. */
+    /* Longer rows, cut every FASTCE_SEGMENT classes: read one segment of one row; then finish the row,
+     * given its parts in order, leaving m and rest in part 0; then write one segment of the gradient. */
     void (*read_segment)(const fastce_call *, ptrdiff_t row, ptrdiff_t segment, void *scratch,
                          fastce_part *);
     ptrdiff_t (*finish_segments)(const fastce_call *, ptrdiff_t row, ptrdiff_t n_segments,
