@@ -20,6 +20,7 @@ import ctypes
 import functools
 import inspect
 import math
+import platform
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -307,7 +308,7 @@ class _Pointer:
         if self.dtype == types.uint16:
             return (v.as_type("zext", ir.IntType(32)) << 16).as_real()
         if self.dtype == types.int16:
-            return v.as_type("bitcast", ir.HalfType()).as_type("fpext", ir.FloatType())
+            return _half_to_float(v)
         return v
 
     def _narrowed(self, v: _Value) -> _Value:
@@ -318,8 +319,39 @@ class _Pointer:
             rounded = bits + (((bits >> 16) & 1) + 0x7FFF)
             return (rounded >> 16).as_type("trunc", ir.IntType(16))
         if self.dtype == types.int16:
-            return v.as_type("fptrunc", ir.HalfType()).as_type("bitcast", ir.IntType(16))
+            return _float_to_half(v)
         return v.rounded(self.dtype.bitwidth)
+
+
+# Without an instruction for it LLVM calls a function that is not there, and ends the process.
+_CONVERTS_HALVES = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and (
+    get_host_cpu_features().get("f16c", False) or platform.machine() in ("arm64", "aarch64")
+)
+
+
+def _half_to_float(v: _Value) -> _Value:
+    if _CONVERTS_HALVES:
+        return v.as_type("bitcast", ir.HalfType()).as_type("fpext", ir.FloatType())
+    bits = v.as_type("zext", ir.IntType(32))
+    size = (bits & 0x7FFF) << 13
+    finite = (size.as_real() * 2.0**112).as_bits()
+    size = size.compare("<", 0x0F800000).select(finite, size | 0x7F800000)
+    return (size | ((bits & 0x8000) << 16)).as_real()
+
+
+def _float_to_half(v: _Value) -> _Value:
+    """Round to nearest, ties to even."""
+    if _CONVERTS_HALVES:
+        return v.as_type("fptrunc", ir.HalfType()).as_type("bitcast", ir.IntType(16))
+    bits = v.as_bits()
+    size = bits & 0x7FFFFFFF
+    normal = (size + (((size >> 13) & 1) + (0xFFF - (112 << 23)))) >> 13
+    # the last place of 0.5 is the smallest half
+    small = (size.as_real() + 0.5).as_bits() - 0x3F000000
+    half = size.compare("<", 0x38800000).select(small, normal)
+    half = size.compare(">=", 0x477FF000).select(half.of(0x7C00), half)
+    half = size.compare(">", 0x7F800000).select(half.of(0x7E00), half)
+    return (half | ((bits >> 16) & 0x8000)).as_type("trunc", ir.IntType(16))
 
 
 _HALVES = (types.uint16, types.int16)
