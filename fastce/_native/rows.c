@@ -18,6 +18,9 @@
 /* Without it, GCC would make every combination of these a function of its own. */
 #define NOINLINE __attribute__((noinline))
 #define PREFETCH(address) __builtin_prefetch(address)
+#define FETCH(start, n)                                                                   \
+    for (const char *p = (const char *)(start), *end = (const char *)((start) + (n)); p < end; p += 64) \
+        PREFETCH(p)
 
 /* ---- Halves, one at a time: exact one way, to nearest and ties to even the other ---- */
 
