@@ -12,6 +12,8 @@ What is different, and why:
   called. The loops over items, serial and parallel, call it by its address: so they compile once.
 - Arrays reach the kernels as addresses and strides: one signature, whatever the caller's layout.
 - Helpers are module-level functions: Numba never caches closures on disk.
+- Only gradient rows of 16 KiB to 2^18 classes side by side are stored past the caches; elsewhere that
+  takes longer.
 """
 
 from __future__ import annotations
@@ -1592,7 +1594,7 @@ def _direct_rows(x_type, job, item, worker, with_grad):
     state = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
     parts, refs = _at(state, _PARTS), _at(state, _WORK)
     kept_terms = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + _PART // _BLOCK), x)
-    in_place = job.stream == 0
+    stream = job.stream != 0
     outer, inner = divmod(job.first_row + first, job.inner)
     lanes, ignored, ranked = _lanes(x), 0, job.ranks != 0
     for row in range(first, last):
@@ -1609,7 +1611,7 @@ def _direct_rows(x_type, job, item, worker, with_grad):
                 g = _at(grad, outer * job.g_outer + inner * job.g_inner)
                 scale = scales[row * job.scale_step]
                 large = _is_large(scale)
-                e = _terms_place(kept_terms, g, in_place and not large)
+                e = _terms_place(kept_terms, g, not stream and not large)
                 _read_row(at, n, state, target, target_logit, refs, e, 0 if large else 1, ranked)
                 finite = _finish_row(x, state, target_logit, parts, r)
                 m, gap, rest = state[_M], parts[r], parts[2 * _TALL + r]
@@ -1619,7 +1621,7 @@ def _direct_rows(x_type, job, item, worker, with_grad):
                     _write_plain(at, 1, n, m, rest, scale, g)
                     _set_target(_at(g, target), gap, 0.0, rest, scale)
                 else:
-                    _write_row(n, m, target, gap, rest, scale, refs, e, g, job.stream != 0)
+                    _write_row(n, m, target, gap, rest, scale, refs, e, g, stream)
             if ranked:
                 ranks[row] = np.int64(state[_AHEAD]) if finite else -1
         else:
@@ -1635,6 +1637,8 @@ def _direct_rows(x_type, job, item, worker, with_grad):
         if inner == job.inner:
             outer, inner = outer + 1, 0
     _sum_tiles(x, job, first, last)
+    if stream:
+        _fence(x)
     return ignored
 
 
