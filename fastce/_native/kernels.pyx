@@ -161,7 +161,8 @@ cdef class RowKernels:
         """See `fastce.kernels.Kernels.rows`; nothing is checked here."""
         cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(logits))
         cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(logits)
-        cdef ptrdiff_t n_rows = cnp.PyArray_DIM(targets, 0), tile
+        cdef ptrdiff_t n_rows = cnp.PyArray_DIM(targets, 0), tile, n_ignored
+        cdef double *sums
         cdef fastce_call call
         if n_rows == 0:
             return 0
@@ -189,15 +190,15 @@ cdef class RowKernels:
         if call.n_classes == 1:  # whatever stride an axis of length 1 has
             call.class_stride = call.grad_class_stride = 1
         tile = tile_rows(call.n_classes)
+        sums = <double *>cnp.PyArray_DATA(tile_sums)
         if n_rows * call.n_classes < _KEEPS_LOCK:
-            return _run_tiles(kernels, &call, n_rows, tile, 1, <double *>cnp.PyArray_DATA(tile_sums))
-        with nogil:
-            if call.n_classes > FASTCE_SEGMENT:
-                n_ignored = _run_segments(
-                    kernels, &call, n_rows, num_threads, <double *>cnp.PyArray_DATA(tile_sums))
-            else:
-                n_ignored = _run_tiles(
-                    kernels, &call, n_rows, tile, num_threads, <double *>cnp.PyArray_DATA(tile_sums))
+            n_ignored = _run_tiles(kernels, &call, n_rows, tile, 1, sums)
+        else:
+            with nogil:
+                if call.n_classes > FASTCE_SEGMENT:
+                    n_ignored = _run_segments(kernels, &call, n_rows, num_threads, sums)
+                else:
+                    n_ignored = _run_tiles(kernels, &call, n_rows, tile, num_threads, sums)
         if n_ignored < 0:
             raise MemoryError("no memory for the scratch of fastce's kernels")
         return n_ignored
