@@ -2177,23 +2177,12 @@ def load(isa: str | None) -> Kernels:
     return NumbaKernels()
 
 
-class NumbaKernels:
+class NumbaKernels(Kernels):
     """`fastce.kernels.Kernels` in Numba."""
 
     def max_threads(self) -> int:
         """Return Numba's limit for the calling thread."""
         return int(numba.get_num_threads())
-
-    def plain(
-        self,
-        logits: object,
-        targets: object,
-        ignore_index: object,
-        max_elements: int,
-        wants_losses: bool,
-        grad_scale: float | None,
-    ) -> None:
-        """Return None: the Python around these kernels is not what takes the time."""
 
     def rows(
         self,

@@ -34,23 +34,12 @@ def load(isa: str | None) -> Kernels:
     return NumpyKernels()
 
 
-class NumpyKernels:
+class NumpyKernels(Kernels):
     """`fastce.kernels.Kernels` in NumPy."""
 
     def max_threads(self) -> int:
         """Return 1: NumPy's element-wise loops use the calling thread."""
         return 1
-
-    def plain(
-        self,
-        logits: object,
-        targets: object,
-        ignore_index: object,
-        max_elements: int,
-        wants_losses: bool,
-        grad_scale: float | None,
-    ) -> None:
-        """Return None: the Python around these kernels is not what takes the time."""
 
     @np.errstate(all="ignore")  # inf - inf is how a row that is not finite becomes NaN
     def rows(
