@@ -7,12 +7,22 @@ compiled kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastce.kernels import Kernels, exact_sum, tile_rows
+from fastce.kernels import (
+    BINARY_TILE,
+    SUMS_AGREE,
+    Kernels,
+    Soft,
+    Stats,
+    exact_sum,
+    log_scale,
+    tile_rows,
+)
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
@@ -50,7 +60,9 @@ class NumpyKernels(Kernels):
         losses: NDArray[Any],
         tile_sums: NDArray[np.float64],
         *,
-        ranks: NDArray[np.int64] | None,
+        row_weights: NDArray[np.float64] | None,
+        soft: Soft | None,
+        stats: Stats | None,
         scale: NDArray[np.float64] | None,
         grad: NDArray[Any] | None,
         stream: bool,
@@ -59,24 +71,166 @@ class NumpyKernels(Kernels):
         """See `fastce.kernels.Kernels.rows`."""
         _, inner, n_classes = logits.shape
         ignored = (targets < 0) | (targets >= n_classes)
-        kept = np.flatnonzero(~ignored)
+        n_bad = 0
         losses[ignored] = 0
-        if ranks is not None:
-            ranks[ignored] = -1
-        step = max(1, _BLOCK_ELEMENTS // n_classes)
-        for start in range(0, len(kept), step):
-            at = kept[start : start + step]
-            where = divmod(first_row + at, inner)
+        for array in stats or ():
+            if array is not None:
+                array[ignored] = -1 if array.dtype == np.int64 else np.nan
+        for at, where in _blocks(np.flatnonzero(~ignored), first_row, inner, n_classes):
             rows = _exponentials(_widened(logits[where]), targets[at])
-            losses[at] = _loss(rows)
-            if ranks is not None:
-                ranks[at] = np.where(np.isnan(rows.rest), -1, _rank(rows))
+            if soft is None:
+                loss = _loss(rows)
+            else:
+                shares = _shares(rows, soft, where)
+                n_bad += np.count_nonzero(~(shares >= 0).all(axis=1))
+                loss = _soft_loss(rows, shares)
+            if row_weights is not None:
+                loss = np.where(
+                    row_weights[at] == 0, np.where(np.isnan(loss), loss, 0.0), loss * row_weights[at]
+                )
+            losses[at] = loss
+            if stats is not None:
+                for name, values in _statistics(rows).items():
+                    array = getattr(stats, name)
+                    if array is not None:
+                        array[at] = values
             if grad is not None and scale is not None:
-                grad[where] = _narrowed(_gradient(rows, scale[at]), grad.dtype)
+                found = (
+                    _gradient(rows, scale[at])
+                    if soft is None
+                    else _soft_gradient(rows, shares, scale[at])
+                )
+                grad[where] = _narrowed(found, grad.dtype)
         if grad is not None:
             grad[divmod(first_row + np.flatnonzero(ignored), inner)] = 0
         _sum_tiles(losses, tile_sums, n_classes)
-        return len(targets) - len(kept)
+        return n_bad if soft is not None and soft.probs is not None else np.count_nonzero(ignored)
+
+    @np.errstate(all="ignore")
+    def softmax(
+        self,
+        logits: NDArray[Any],
+        first_row: int,
+        n_rows: int,
+        out: NDArray[Any],
+        *,
+        log: bool,
+        stream: bool,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.softmax`."""
+        _, inner, n_classes = logits.shape
+        for at, where in _blocks(np.arange(n_rows), first_row, inner, n_classes):
+            rows = _exponentials(_widened(logits[where]), np.zeros(len(at), np.int64))
+            found = _log_softmax(rows) if log else _softmax(rows)
+            out[where] = _narrowed(found, out.dtype)
+
+    @np.errstate(all="ignore")
+    def kl_from_logits(
+        self,
+        p_logits: NDArray[Any],
+        q_logits: NDArray[Any],
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.kl_from_logits`."""
+        _, inner, n_classes = p_logits.shape
+        for at, where in _blocks(np.arange(len(out)), first_row, inner, n_classes):
+            zeros = np.zeros(len(at), np.int64)
+            p, q = (_exponentials(_widened(x[where]), zeros) for x in (p_logits, q_logits))
+            out[at] = _divergence(p, q)
+
+    @np.errstate(all="ignore")
+    def distributions(
+        self,
+        measure: str,
+        p: NDArray[Any],
+        q: NDArray[Any] | None,
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        base: float | None,
+        num_threads: int,
+    ) -> int:
+        """See `fastce.kernels.Kernels.distributions`."""
+        _, inner, n_classes = p.shape
+        n_bad = 0
+        for at, where in _blocks(np.arange(len(out)), first_row, inner, n_classes):
+            a = _widened(p[where])
+            b = a if q is None else _widened(q[where])
+            n_bad += np.count_nonzero(~((a >= 0) & (b >= 0)).all(axis=1))
+            if measure == "kl_divergence":
+                terms = _kl_terms(a, b) * log_scale(base)[1]
+                excess = a.sum(axis=1) - b.sum(axis=1)
+                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(a.sum(axis=1), b.sum(axis=1))
+                excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
+                out[at] = terms.sum(axis=1) + excess * log_scale(base)[1]
+            else:
+                out[at] = np.where(a == 0, 0.0, a * -_log(b, base)).sum(axis=1) + 0.0
+        return n_bad
+
+    @np.errstate(all="ignore")
+    def information(
+        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
+    ) -> int:
+        """See `fastce.kernels.Kernels.information`."""
+        n_bad = 0
+        for start in range(0, len(p), _BLOCK_ELEMENTS):
+            some = slice(start, start + _BLOCK_ELEMENTS)
+            x = _widened(p[some])
+            n_bad += np.count_nonzero(~(x >= 0))
+            out[some] = 0.0 - _log(x, base)  # not -0
+        return n_bad
+
+    @np.errstate(all="ignore")
+    def binary(
+        self,
+        x: NDArray[Any],
+        targets: NDArray[Any],
+        losses: NDArray[Any] | None,
+        sums: NDArray[np.float64],
+        *,
+        from_logits: bool,
+        weight: NDArray[Any] | None,
+        pos_weight: NDArray[Any] | None,
+        unit: float,
+        scale: NDArray[Any] | None,
+        grad_unit: float,
+        grad: NDArray[Any] | None,
+        num_threads: int,
+    ) -> int:
+        """See `fastce.kernels.Kernels.binary`."""
+        n_bad = 0
+        for tile, start in enumerate(range(0, len(x), BINARY_TILE)):
+            some = slice(start, start + BINARY_TILE)
+            v, t = _widened(x[some]), _widened(targets[some])
+            w = np.ones(len(v)) if weight is None else weight[some].astype(np.float64)
+            a = t if pos_weight is None else t * pos_weight[some]
+            bad = ~((t >= 0) & (t <= 1)) | (not from_logits and (v < 0) | (v > 1))
+            n_bad += np.count_nonzero(bad & (w != 0))
+            loss, slope = (_binary_from_logits if from_logits else _binary_from_probs)(v, a, 1 - t)
+            loss = np.where(w == 0, 0.0, loss * (w * unit))
+            rounded = loss.astype(np.float64 if x.dtype == np.float64 else np.float32)
+            if losses is not None:
+                losses[some] = rounded
+            sums[tile] = exact_sum(rounded.tolist()), 0.0
+            if grad is not None:
+                s = np.ones(len(v)) if scale is None else scale[some].astype(np.float64)
+                slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
+                grad[some] = _narrowed(slope, grad.dtype)
+        return n_bad
+
+
+def _blocks(
+    rows: NDArray[np.intp], first_row: int, inner: int, n_classes: int
+) -> Iterator[tuple[NDArray[np.intp], Any]]:
+    """Yield rows some at a time, and where they stand in an array of two batch axes."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, n_classes))
+    for start in range(0, len(rows), step):
+        at = rows[start : start + step]
+        yield at, divmod(first_row + at, inner)
 
 
 def _widened(x: NDArray[Any]) -> NDArray[np.float64]:
@@ -125,6 +279,75 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
+def _shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+    """Return q: (n, n_classes)."""
+    n_classes = rows.x.shape[1]
+    if soft.probs is None:
+        t = (np.arange(n_classes) == rows.targets[:, None]).astype(np.float64)
+    else:
+        t = _widened(soft.probs[where])
+    q = (1.0 - soft.smoothing) * t + soft.smoothing / n_classes
+    return q if soft.weight is None else q * soft.weight
+
+
+def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    m = np.take_along_axis(rows.x, rows.top[:, None], axis=1)
+    gaps = np.where(shares == 0, 0.0, shares * (m - rows.x))
+    loss = gaps.sum(axis=1) + shares.sum(axis=1) * np.log1p(rows.rest)
+    return np.where(np.isnan(rows.rest), np.nan, loss)
+
+
+def _soft_gradient(
+    rows: _Rows, shares: NDArray[np.float64], scale: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    n = np.arange(len(rows.x))
+    total = 1.0 + rows.rest
+    sums = shares.sum(axis=1)
+    grad = _softmax(rows)
+    grad *= sums[:, None]
+    grad -= shares
+    # The maximum's own: what the others get too much. Nothing of a p next to 1 cancels then.
+    others = shares.copy()
+    others[n, rows.top] = 0.0
+    top = others.sum(axis=1) - sums * (rows.rest / total)
+    grad[n, rows.top] = np.where(rows.rest < 1, top, grad[n, rows.top])
+    return np.where(scale[:, None] == 0, grad * 0.0 + 0.0, grad * scale[:, None])
+
+
+def _softmax(rows: _Rows) -> NDArray[np.float64]:
+    p = rows.exps.copy()
+    p[np.arange(len(p)), rows.top] = 1.0
+    p /= (1.0 + rows.rest)[:, None]
+    p[np.isnan(rows.rest)] = np.nan
+    return p
+
+
+def _log_softmax(rows: _Rows) -> NDArray[np.float64]:
+    m = np.take_along_axis(rows.x, rows.top[:, None], axis=1)
+    return 0.0 - ((m - rows.x) + np.log1p(rows.rest)[:, None])
+
+
+def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
+    n = np.arange(len(rows.x))
+    m, x_t = rows.x[n, rows.top], rows.x[n, rows.targets]
+    finite = ~np.isnan(rows.rest)
+    total = 1.0 + rows.rest
+    p = _softmax(rows)
+    below = np.where(p == 0, 0.0, p * (m[:, None] - rows.x)).sum(axis=1)
+    others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets]) / total
+    p[n, rows.targets] = 0.0
+    return {
+        "lse": np.where(np.isfinite(m), m + np.log1p(rows.rest), m),
+        "target_logit": x_t,
+        "max_logit": m,
+        "argmax": np.where(finite, rows.top, -1),
+        "rank": np.where(finite, _rank(rows), -1),
+        "entropy": np.where(finite, np.log1p(rows.rest) + below, np.nan),
+        "max_prob": 1.0 / total,
+        "brier": np.where(finite, (p * p).sum(axis=1) + others * others, np.nan),
+    }
+
+
 def _rank(rows: _Rows) -> NDArray[np.int64]:
     target_logit = np.take_along_axis(rows.x, rows.targets[:, None], axis=1)
     ahead = np.count_nonzero(rows.x > target_logit, axis=1)
@@ -136,3 +359,81 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
     step = tile_rows(n_classes)
     for tile, start in enumerate(range(0, len(losses), step)):
         tile_sums[tile] = exact_sum(losses[start : start + step].tolist())
+
+
+# ---- Distributions ----
+
+
+def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
+    a, b = _softmax(p), _softmax(q)
+    m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
+    shift = (np.log1p(p.rest) - np.log1p(q.rest))[:, None]
+    d = ((p.x - m_p) - (q.x - m_q)) - shift
+    near = np.abs(d) < 1
+    terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
+    terms = np.where(a == 0, b, terms)  # d may be NaN then, or -inf
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, terms.sum(axis=1))
+
+
+def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(-d) - 1 + d for |d| <= 1, by its series: d^2 / 2 - d^3 / 6 + ..."""
+    term, total = d * d / 2, np.zeros_like(d)
+    for k in range(3, 20):
+        total += term
+        term = term * (-d / k)
+    return total
+
+
+def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
+    """Return the logarithm, exact for powers of two if the base is 2."""
+    fraction, exponent = np.frexp(p)
+    low = fraction < np.sqrt(0.5)  # so that the fraction's logarithm never outweighs the exponent's
+    fraction = np.where(low, 2 * fraction, fraction)
+    exponent = exponent - low
+    of_2, of_e = log_scale(base)
+    found = exponent * of_2 + np.log(fraction) * of_e
+    return np.where((p == 0) | ~np.isfinite(p), np.log(p), found)
+
+
+def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """p log(p/q) - p + q, without cancellation.
+
+    With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
+    A = 1/3 + z/5 + z^2/7 + ...; all together (p + q) z (1 + s (1 + s) A).
+    """
+    s = (p - q) / (p + q)
+    z = s * s
+    near = z <= 1 / 9
+    a, power = np.zeros_like(z), np.ones_like(z)
+    for k in range(3, 37, 2):
+        a += power / k
+        power = power * np.where(near, z, 0.0)
+    close = (p + q) * z * (1 + s * (1 + s) * a)
+    far = p * (np.log(p) - np.log(q)) - (p - q)
+    return np.where(p == 0, q, np.where(near, close, far))
+
+
+def _epsilon(p: NDArray[Any]) -> float:
+    return 2.0**-7 if p.dtype == np.uint16 else float(np.finfo(p.dtype).eps)
+
+
+# ---- Binary ----
+
+
+def _binary_from_logits(
+    x: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    e = np.exp(-np.abs(x))
+    side = np.where(x > 0, b, a)
+    loss = (a + b) * np.log1p(e) + np.where(side == 0, 0.0, side * np.abs(x))
+    likely, unlikely = 1 / (1 + e), e / (1 + e)  # sigmoid of |x|, of -|x|
+    slope = np.where(x > 0, b * likely - a * unlikely, b * unlikely - a * likely)
+    return np.where(np.isnan(x), np.nan, loss), np.where(np.isnan(x), np.nan, slope + 0.0)
+
+
+def _binary_from_probs(
+    p: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    loss = np.where(a == 0, 0.0, a * -np.log(p)) + np.where(b == 0, 0.0, b * -np.log1p(-p))
+    slope = np.where(b == 0, 0.0, b / (1 - p)) - np.where(a == 0, 0.0, a / p)
+    return np.where(np.isnan(p), np.nan, loss + 0.0), np.where(np.isnan(p), np.nan, slope + 0.0)
