@@ -82,7 +82,7 @@ class NumpyKernels(Kernels):
                 loss = _loss(rows)
             else:
                 shares = _shares(rows, soft, where)
-                n_bad += np.count_nonzero(~(shares >= 0).all(axis=1))
+                n_bad += _count(~(shares >= 0).all(axis=1))
                 loss = _soft_loss(rows, shares)
             if row_weights is not None:
                 loss = np.where(
@@ -104,7 +104,7 @@ class NumpyKernels(Kernels):
         if grad is not None:
             grad[divmod(first_row + np.flatnonzero(ignored), inner)] = 0
         _sum_tiles(losses, tile_sums, n_classes)
-        return n_bad if soft is not None and soft.probs is not None else np.count_nonzero(ignored)
+        return n_bad if soft is not None and soft.probs is not None else _count(ignored)
 
     @np.errstate(all="ignore")
     def softmax(
@@ -160,7 +160,7 @@ class NumpyKernels(Kernels):
         for at, where in _blocks(np.arange(len(out)), first_row, inner, n_classes):
             a = _widened(p[where])
             b = a if q is None else _widened(q[where])
-            n_bad += np.count_nonzero(~((a >= 0) & (b >= 0)).all(axis=1))
+            n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
                 terms = _kl_terms(a, b) * log_scale(base)[1]
                 excess = a.sum(axis=1) - b.sum(axis=1)
@@ -180,7 +180,7 @@ class NumpyKernels(Kernels):
         for start in range(0, len(p), _BLOCK_ELEMENTS):
             some = slice(start, start + _BLOCK_ELEMENTS)
             x = _widened(p[some])
-            n_bad += np.count_nonzero(~(x >= 0))
+            n_bad += _count(~(x >= 0))
             out[some] = 0.0 - _log(x, base)  # not -0
         return n_bad
 
@@ -209,7 +209,7 @@ class NumpyKernels(Kernels):
             w = np.ones(len(v)) if weight is None else weight[some].astype(np.float64)
             a = t if pos_weight is None else t * pos_weight[some]
             bad = ~((t >= 0) & (t <= 1)) | (not from_logits and (v < 0) | (v > 1))
-            n_bad += np.count_nonzero(bad & (w != 0))
+            n_bad += _count(bad & (w != 0))
             loss, slope = (_binary_from_logits if from_logits else _binary_from_probs)(v, a, 1 - t)
             loss = np.where(w == 0, 0.0, loss * (w * unit))
             rounded = loss.astype(np.float64 if x.dtype == np.float64 else np.float32)
@@ -221,6 +221,10 @@ class NumpyKernels(Kernels):
                 slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
                 grad[some] = _narrowed(slope, grad.dtype)
         return n_bad
+
+
+def _count(found: Any) -> int:
+    return int(np.count_nonzero(found))
 
 
 def _blocks(
@@ -282,12 +286,15 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
 def _shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
     """Return q: (n, n_classes)."""
     n_classes = rows.x.shape[1]
+    q: NDArray[np.float64]
     if soft.probs is None:
         t = (np.arange(n_classes) == rows.targets[:, None]).astype(np.float64)
     else:
         t = _widened(soft.probs[where])
     q = (1.0 - soft.smoothing) * t + soft.smoothing / n_classes
-    return q if soft.weight is None else q * soft.weight
+    if soft.weight is not None:
+        q = q * soft.weight
+    return q
 
 
 def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -396,7 +403,7 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """p log(p/q) - p + q, without cancellation.
+    """Return p log(p/q) - p + q, without cancellation.
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
     A = 1/3 + z/5 + z^2/7 + ...; all together (p + q) z (1 + s (1 + s) A).
