@@ -24,6 +24,7 @@ from fastce.problem import (
     grad_view,
     narrowed,
     sliced,
+    unraveled,
     widened,
 )
 
@@ -447,8 +448,10 @@ def nll_loss(
     --------
     cross_entropy : The same of logits, in one pass.
 
-    Notes ----- ``-weight[target] * sample_weight * log_probs[target]`` of each row; nothing else in the
-    row is read. One number a row is all the work, so there is no choice of backend and threads.
+    Notes
+    -----
+    ``-weight[target] * sample_weight * log_probs[target]`` of each row; nothing else in the row is
+    read. One number a row is all the work, so there is no choice of backend and threads.
 
     Examples
     --------
@@ -531,7 +534,7 @@ def nll_loss_with_grad(
     grad = np.moveaxis(out, problem.axis, -1)
     kept = np.flatnonzero(problem.kept())
     values = narrowed(0.0 - scale[kept], out.dtype)
-    grad[(*np.unravel_index(kept, problem.batch_shape), problem.targets[kept])] = values
+    grad[(*unraveled(kept, problem.batch_shape), problem.targets[kept])] = values
     total = 0.0 if reduction == "none" else array_sum(losses.astype(np.float64))
     reduced = _reduce(
         total, losses if reduction == "none" else None, problem, n_kept, reduction, normalizer
@@ -569,7 +572,7 @@ def _picked(problem: Problem) -> _Array:
     """Return the losses of the rows, from the targets' log-probabilities."""
     losses = np.zeros(problem.n_rows, problem.dtype)
     kept = np.flatnonzero(problem.kept())
-    at = (*np.unravel_index(kept, problem.batch_shape), problem.targets[kept])
+    at = (*unraveled(kept, problem.batch_shape), problem.targets[kept])
     with np.errstate(invalid="ignore"):  # a weight of 0 times -inf, made 0 below
         loss = 0.0 - widened(problem.rows.array[at])  # 0 - 0 is not -0
         weights = problem.row_weights()

@@ -81,8 +81,9 @@ class NumpyKernels(Kernels):
             if soft is None:
                 loss = _loss(rows)
             else:
-                shares = _shares(rows, soft, where)
-                n_bad += _count(~(shares >= 0).all(axis=1))
+                t = _given_shares(rows, soft, where)
+                n_bad += _count(~(t >= 0).all(axis=1))
+                shares = _weighed(t, soft)
                 loss = _soft_loss(rows, shares)
             if row_weights is not None:
                 loss = np.where(
@@ -283,18 +284,18 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
-def _shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+def _given_shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+    """Return t: (n, n_classes)."""
+    if soft.probs is not None:
+        return _widened(soft.probs[where])
+    named = np.arange(rows.x.shape[1]) == rows.targets[:, None]
+    return np.asarray(named, np.float64)
+
+
+def _weighed(t: NDArray[np.float64], soft: Soft) -> NDArray[np.float64]:
     """Return q: (n, n_classes)."""
-    n_classes = rows.x.shape[1]
-    q: NDArray[np.float64]
-    if soft.probs is None:
-        t = (np.arange(n_classes) == rows.targets[:, None]).astype(np.float64)
-    else:
-        t = _widened(soft.probs[where])
-    q = (1.0 - soft.smoothing) * t + soft.smoothing / n_classes
-    if soft.weight is not None:
-        q = q * soft.weight
-    return q
+    q: NDArray[np.float64] = (1.0 - soft.smoothing) * t + soft.smoothing / t.shape[1]
+    return q if soft.weight is None else q * soft.weight
 
 
 def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
