@@ -289,7 +289,11 @@ def elementwise(
                 piece = [part[start : start + most] for part in whole]
                 work = [
                     part if o.own is o.format else widened(part).astype(o.format.memory)
-                    for part, o in zip(piece, operands, strict=True)
+                    for part, o in zip(piece, inputs, strict=False)
+                ]
+                work += [
+                    part if o.own is o.format else np.empty(part.shape, o.format.memory)
+                    for part, o in zip(piece[len(inputs) :], outputs, strict=True)
                 ]
                 yield work[: len(inputs)], work[len(inputs) :]
                 for part, done in list(zip(piece, work, strict=True))[len(inputs) :]:

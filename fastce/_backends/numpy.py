@@ -216,7 +216,9 @@ class NumpyKernels(Kernels):
             rounded = loss.astype(np.float64 if x.dtype == np.float64 else np.float32)
             if losses is not None:
                 losses[some] = rounded
-            sums[tile] = exact_sum(rounded.tolist()), 0.0
+            found = rounded.tolist()
+            sums[tile, 0] = exact_sum(found)
+            sums[tile, 1] = exact_sum([*found, -sums[tile, 0]]) if np.isfinite(sums[tile, 0]) else 0.0
             if grad is not None:
                 s = np.ones(len(v)) if scale is None else scale[some].astype(np.float64)
                 slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
