@@ -3,6 +3,7 @@
 """Rows spread over threads: the driver of the C kernels in rows.h."""
 
 cimport numpy as cnp
+import numpy as np
 from cython.parallel cimport prange, threadid
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
@@ -14,6 +15,7 @@ from fastce.kernels import tile_rows
 cnp.import_array()
 
 cdef extern from "rows.h" nogil:
+    const ptrdiff_t FASTCE_PREFIX
     const ptrdiff_t FASTCE_SEGMENT
     ctypedef struct fastce_call:
         const void *logits
@@ -31,7 +33,8 @@ cdef extern from "rows.h" nogil:
         const void *probs
         ptrdiff_t probs_outer_stride, probs_row_stride, probs_class_stride
         const void *weight
-        double weight_sum, own, even
+        const double *weight_sums
+        double own, even
         int stats, moments
         void *lse
         void *target_logit
@@ -180,6 +183,7 @@ cdef class RowKernels:
     ):
         """See `fastce.kernels.Kernels.rows`; nothing is checked here."""
         cdef fastce_call call
+        weight_sums = _weight_sums(soft)
         _describe(&call, logits, first_row, grad)
         call.targets = <const int64_t *>cnp.PyArray_DATA(targets)
         call.losses = cnp.PyArray_DATA(losses)
@@ -190,7 +194,7 @@ cdef class RowKernels:
             call.scale = <const double *>cnp.PyArray_DATA(scale)
             call.scale_stride = cnp.PyArray_STRIDE(scale, 0) // <ptrdiff_t>sizeof(double)
         if soft is not None:
-            _describe_soft(&call, soft)
+            _describe_soft(&call, soft, weight_sums)
         if stats is not None:
             _describe_stats(&call, stats)
         call.stream = stream
@@ -256,13 +260,20 @@ cdef void _describe(fastce_call *call, cnp.ndarray logits, ptrdiff_t first_row, 
         call.class_stride = call.grad_class_stride = 1
 
 
-cdef void _describe_soft(fastce_call *call, soft):
+cdef _weight_sums(soft):
+    """Return the sums of the weights of the first classes, by FASTCE_PREFIX, or None."""
+    if soft is None or soft.weight is None:
+        return None
+    starts = np.arange(0, len(soft.weight), FASTCE_PREFIX)
+    return np.append(0.0, np.add.reduceat(soft.weight.astype(np.float64), starts).cumsum())
+
+
+cdef void _describe_soft(fastce_call *call, soft, cnp.ndarray weight_sums):
     cdef cnp.ndarray probs = soft.probs, weight = soft.weight
     cdef ptrdiff_t item
     call.soft = 1
     call.own = 1.0 - soft.smoothing
     call.even = soft.smoothing / call.n_classes
-    call.weight_sum = call.n_classes
     if probs is not None:
         item = cnp.PyArray_ITEMSIZE(probs)
         call.probs = cnp.PyArray_DATA(probs)
@@ -273,7 +284,7 @@ cdef void _describe_soft(fastce_call *call, soft):
             call.probs_class_stride = 1
     if weight is not None:
         call.weight = cnp.PyArray_DATA(weight)
-        call.weight_sum = weight.sum(dtype="float64")
+        call.weight_sums = <const double *>cnp.PyArray_DATA(weight_sums)
 
 
 cdef void *_at(array) noexcept:

@@ -29,7 +29,8 @@ typedef struct {
     const void *probs;        /* IN   as logits, strides likewise; NULL for class ids */
     ptrdiff_t probs_outer_stride, probs_row_stride, probs_class_stride;
     const void *weight;       /* IN   (n_classes,) of the dtype of the losses; NULL for ones */
-    double weight_sum, own, even;
+    const double *weight_sums; /* IN   with weight: sums of the first 0, FASTCE_PREFIX, 2 FASTCE_PREFIX, ... all */
+    double own, even;
     /* Statistics: OUT, each may be NULL; floats of the dtype of the losses. */
     int stats;                /* whether one is wanted; and whether one needs the exponentials again */
     int moments;
@@ -66,6 +67,9 @@ typedef struct {
     /* Bytes of scratch that each thread needs. */
     size_t (*scratch)(const fastce_call *);
 } fastce_kernels;
+
+/* Divides the blocks of every dtype. */
+#define FASTCE_PREFIX ((ptrdiff_t)512)
 
 /* A segment's floats, 1 MB, fit L2 beside what streams past. */
 #define FASTCE_SEGMENT ((ptrdiff_t)1 << 18)
