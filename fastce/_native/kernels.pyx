@@ -3,28 +3,51 @@
 """Rows spread over threads: the driver of the C kernels in rows.h."""
 
 cimport numpy as cnp
+import numpy as np
 from cython.parallel cimport prange, threadid
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from fastce.kernels import tile_rows
 
 cnp.import_array()
 
 cdef extern from "rows.h" nogil:
+    const ptrdiff_t FASTCE_PREFIX
     const ptrdiff_t FASTCE_SEGMENT
     ctypedef struct fastce_call:
         const void *logits
         ptrdiff_t outer_stride, row_stride, class_stride, inner, n_classes, first_row
         const int64_t *targets
         void *losses
-        int64_t *ranks
+        const double *row_weights
+        ptrdiff_t row_weights_stride
         const double *scale
         ptrdiff_t scale_stride
         void *grad
         ptrdiff_t grad_outer_stride, grad_row_stride, grad_class_stride
-        int stream
+        int form, stream
+        int soft
+        const void *probs
+        ptrdiff_t probs_outer_stride, probs_row_stride, probs_class_stride
+        const void *weight
+        const double *weight_sums
+        double own, even
+        int stats, moments
+        void *lse
+        void *target_logit
+        void *max_logit
+        void *entropy
+        void *max_prob
+        void *brier
+        int64_t *argmax
+        int64_t *ranks
+    enum:
+        FASTCE_GRADIENT
+        FASTCE_SOFTMAX
+        FASTCE_LOG_SOFTMAX
     ctypedef struct fastce_part:
         pass
     ctypedef struct fastce_kernels:
@@ -110,6 +133,7 @@ cdef class RowKernels:
             or not cnp.PyArray_ISCARRAY_RO(logits) or not cnp.PyArray_ISCARRAY_RO(targets)
         ):
             return None
+        memset(&call, 0, sizeof(fastce_call))
         n_rows, call.n_classes = cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1)
         if (
             not 0 < n_rows <= _PLAIN_ROWS or n_rows != cnp.PyArray_DIM(targets, 0)
@@ -118,13 +142,10 @@ cdef class RowKernels:
         ):
             return None
         call.logits = cnp.PyArray_DATA(logits)
-        call.outer_stride = call.grad_outer_stride = call.first_row = call.scale_stride = call.stream = 0
         call.row_stride = call.grad_row_stride = call.n_classes
         call.class_stride = call.grad_class_stride = 1
         call.inner = n_rows
         call.targets = <const int64_t *>cnp.PyArray_DATA(targets)
-        call.ranks = NULL
-        call.grad = NULL
         losses = grad = None
         if wants_losses:
             losses = cnp.PyArray_EMPTY(1, cnp.PyArray_DIMS(logits), _loss_kind(kind), 0)
@@ -152,56 +173,135 @@ cdef class RowKernels:
         cnp.ndarray losses,
         cnp.ndarray tile_sums,
         *,
-        cnp.ndarray ranks,
+        cnp.ndarray row_weights,
+        soft,
+        stats,
         cnp.ndarray scale,
         cnp.ndarray grad,
         bint stream,
         int num_threads,
     ):
         """See `fastce.kernels.Kernels.rows`; nothing is checked here."""
-        cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(logits))
-        cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(logits)
-        cdef ptrdiff_t n_rows = cnp.PyArray_DIM(targets, 0), tile, n_ignored
-        cdef double *sums
         cdef fastce_call call
-        if n_rows == 0:
-            return 0
-        call.logits = cnp.PyArray_DATA(logits)
-        call.outer_stride = cnp.PyArray_STRIDE(logits, 0) // item
-        call.row_stride = cnp.PyArray_STRIDE(logits, 1) // item
-        call.class_stride = cnp.PyArray_STRIDE(logits, 2) // item
-        call.inner = cnp.PyArray_DIM(logits, 1)
-        call.n_classes = cnp.PyArray_DIM(logits, 2)
-        call.first_row = first_row
+        weight_sums = _weight_sums(soft)
+        _describe(&call, logits, first_row, grad)
         call.targets = <const int64_t *>cnp.PyArray_DATA(targets)
         call.losses = cnp.PyArray_DATA(losses)
-        call.ranks = NULL if ranks is None else <int64_t *>cnp.PyArray_DATA(ranks)
-        call.scale = NULL
-        call.grad = NULL
-        call.stream = stream
-        call.grad_outer_stride = call.grad_row_stride = call.grad_class_stride = call.scale_stride = 0
+        if row_weights is not None:
+            call.row_weights = <const double *>cnp.PyArray_DATA(row_weights)
+            call.row_weights_stride = cnp.PyArray_STRIDE(row_weights, 0) // <ptrdiff_t>sizeof(double)
         if grad is not None:
             call.scale = <const double *>cnp.PyArray_DATA(scale)
             call.scale_stride = cnp.PyArray_STRIDE(scale, 0) // <ptrdiff_t>sizeof(double)
-            call.grad = cnp.PyArray_DATA(grad)
-            call.grad_outer_stride = cnp.PyArray_STRIDE(grad, 0) // item
-            call.grad_row_stride = cnp.PyArray_STRIDE(grad, 1) // item
-            call.grad_class_stride = cnp.PyArray_STRIDE(grad, 2) // item
-        if call.n_classes == 1:  # whatever stride an axis of length 1 has
-            call.class_stride = call.grad_class_stride = 1
+        if soft is not None:
+            _describe_soft(&call, soft, weight_sums)
+        if stats is not None:
+            _describe_stats(&call, stats)
+        call.stream = stream
+        return self._run(&call, cnp.PyArray_TYPE(logits), cnp.PyArray_DIM(targets, 0), num_threads,
+                         <double *>cnp.PyArray_DATA(tile_sums))
+
+    def softmax(
+        self,
+        cnp.ndarray logits,
+        ptrdiff_t first_row,
+        ptrdiff_t n_rows,
+        cnp.ndarray out,
+        *,
+        bint log,
+        bint stream,
+        int num_threads,
+    ):
+        """See `fastce.kernels.Kernels.softmax`."""
+        cdef fastce_call call
+        cdef double one = 1.0
+        _describe(&call, logits, first_row, out)
+        call.scale = &one
+        call.form = FASTCE_LOG_SOFTMAX if log else FASTCE_SOFTMAX
+        call.stream = stream
+        self._run(&call, cnp.PyArray_TYPE(logits), n_rows, num_threads, NULL)
+
+    cdef _run(self, const fastce_call *call, int kind, ptrdiff_t n_rows, int num_threads, double *sums):
+        cdef const fastce_kernels *kernels = self.of(kind)
+        cdef ptrdiff_t tile, n_bad
+        if n_rows == 0:
+            return 0
         tile = tile_rows(call.n_classes)
-        sums = <double *>cnp.PyArray_DATA(tile_sums)
         if n_rows * call.n_classes < _KEEPS_LOCK:
-            n_ignored = _run_tiles(kernels, &call, n_rows, tile, 1, sums)
+            n_bad = _run_tiles(kernels, call, n_rows, tile, 1, sums)
         else:
             with nogil:
                 if call.n_classes > FASTCE_SEGMENT:
-                    n_ignored = _run_segments(kernels, &call, n_rows, num_threads, sums)
+                    n_bad = _run_segments(kernels, call, n_rows, num_threads, sums)
                 else:
-                    n_ignored = _run_tiles(kernels, &call, n_rows, tile, num_threads, sums)
-        if n_ignored < 0:
+                    n_bad = _run_tiles(kernels, call, n_rows, tile, num_threads, sums)
+        if n_bad < 0:
             raise MemoryError("no memory for the scratch of fastce's kernels")
-        return n_ignored
+        return n_bad
+
+
+cdef void _describe(fastce_call *call, cnp.ndarray logits, ptrdiff_t first_row, cnp.ndarray grad):
+    """Fill in a call with logits and gradient, and nothing else."""
+    cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(logits)
+    memset(call, 0, sizeof(fastce_call))
+    call.logits = cnp.PyArray_DATA(logits)
+    call.outer_stride = cnp.PyArray_STRIDE(logits, 0) // item
+    call.row_stride = cnp.PyArray_STRIDE(logits, 1) // item
+    call.class_stride = cnp.PyArray_STRIDE(logits, 2) // item
+    call.inner = cnp.PyArray_DIM(logits, 1)
+    call.n_classes = cnp.PyArray_DIM(logits, 2)
+    call.first_row = first_row
+    if grad is not None:
+        call.grad = cnp.PyArray_DATA(grad)
+        call.grad_outer_stride = cnp.PyArray_STRIDE(grad, 0) // item
+        call.grad_row_stride = cnp.PyArray_STRIDE(grad, 1) // item
+        call.grad_class_stride = cnp.PyArray_STRIDE(grad, 2) // item
+    if call.n_classes == 1:  # whatever stride an axis of length 1 has
+        call.class_stride = call.grad_class_stride = 1
+
+
+cdef _weight_sums(soft):
+    """Return the sums of the weights of the first classes, by FASTCE_PREFIX, or None."""
+    if soft is None or soft.weight is None:
+        return None
+    starts = np.arange(0, len(soft.weight), FASTCE_PREFIX)
+    return np.append(0.0, np.add.reduceat(soft.weight.astype(np.float64), starts).cumsum())
+
+
+cdef void _describe_soft(fastce_call *call, soft, cnp.ndarray weight_sums):
+    cdef cnp.ndarray probs = soft.probs, weight = soft.weight
+    cdef ptrdiff_t item
+    call.soft = 1
+    call.own = 1.0 - soft.smoothing
+    call.even = soft.smoothing / call.n_classes
+    if probs is not None:
+        item = cnp.PyArray_ITEMSIZE(probs)
+        call.probs = cnp.PyArray_DATA(probs)
+        call.probs_outer_stride = cnp.PyArray_STRIDE(probs, 0) // item
+        call.probs_row_stride = cnp.PyArray_STRIDE(probs, 1) // item
+        call.probs_class_stride = cnp.PyArray_STRIDE(probs, 2) // item
+        if call.n_classes == 1:
+            call.probs_class_stride = 1
+    if weight is not None:
+        call.weight = cnp.PyArray_DATA(weight)
+        call.weight_sums = <const double *>cnp.PyArray_DATA(weight_sums)
+
+
+cdef void *_at(array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef void _describe_stats(fastce_call *call, stats):
+    call.stats = 1
+    call.moments = stats.entropy is not None or stats.brier is not None
+    call.lse = _at(stats.lse)
+    call.target_logit = _at(stats.target_logit)
+    call.max_logit = _at(stats.max_logit)
+    call.entropy = _at(stats.entropy)
+    call.max_prob = _at(stats.max_prob)
+    call.brier = _at(stats.brier)
+    call.argmax = <int64_t *>_at(stats.argmax)
+    call.ranks = <int64_t *>_at(stats.rank)
 
 
 cdef ptrdiff_t _run_tiles(
@@ -209,7 +309,11 @@ cdef ptrdiff_t _run_tiles(
     int num_threads, double *sums,
 ) noexcept nogil:
     """Return the number of ignored rows, or -1 without memory."""
-    cdef bint turned = call.class_stride != 1 or (call.grad != NULL and call.grad_class_stride != 1)
+    cdef bint turned = (
+        call.class_stride != 1
+        or (call.grad != NULL and call.grad_class_stride != 1)
+        or (call.probs != NULL and call.probs_class_stride != 1)
+    )
     cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_ignored = 0
     cdef size_t size = kernels.scratch(call)
