@@ -413,7 +413,7 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
     exponent = exponent - low
     of_2, of_e = log_scale(base)
     found = exponent * of_2 + np.log(fraction) * of_e
-    return np.where((p == 0) | ~np.isfinite(p), np.log(p), found)
+    return np.where((p == 0) | ~np.isfinite(p), np.log(p) * of_e, found)
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
