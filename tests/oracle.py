@@ -102,10 +102,12 @@ class Row:
         """Return the gradient for such a target, and the larger term of each difference."""
         sums, total = mpmath.fsum(shares), 1 + self.rest
         terms = [(sums * e / total, q) for e, q in zip(self.exps, shares, strict=True)]
-        if self.rest < 1:  # one class has more than half: what the others lack
-            others = mpmath.fsum(q for j, q in enumerate(shares) if j != self.top)
-            terms[self.top] = others, sums * self.rest / total
-        return [a - b for a, b in terms], [max(pair) for pair in terms]
+        larger = [max(pair) for pair in terms]
+        others = mpmath.fsum(q for j, q in enumerate(shares) if j != self.top)
+        terms[self.top] = others, sums * self.rest / total
+        if others == 0:  # as of a class id, which is no difference
+            larger[self.top] = terms[self.top][1]
+        return [a - b for a, b in terms], larger
 
     @mpmath.workprec(_PRECISION)
     def divergence_from(self, other: Row) -> tuple[mpmath.mpf, mpmath.mpf]:
