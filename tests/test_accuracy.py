@@ -54,20 +54,19 @@ def _soft_call(case, kind):
     one_hot = np.arange(n_classes) == case.targets[:, None]
     probs = probabilities(n_rows, n_classes, case.logits.dtype)
     probs[0] = one_hot[0]
-    options = {"soft": {}, "smooth": {"label_smoothing": 0.1}, "weighed": {"label_smoothing": 0.3}}[
-        kind
-    ]
-    if kind == "weighed":
-        options["weight"] = (np.arange(n_classes) % 7 + 1) / 4.0
-    shares = [
-        oracle.shares(t, options.get("weight"), options.get("label_smoothing", 0.0))
-        for t in (one_hot if kind == "smooth" else probs).tolist()
-    ]
+    of_ids, smoothing, weighed = {
+        "soft": (False, 0.0, False),
+        "soft weighed": (False, 0.3, True),
+        "smooth": (True, 0.1, False),
+        "smooth weighed": (True, 0.1, True),
+    }[kind]
+    weight = (np.arange(n_classes) % 7 + 1) / 4.0 if weighed else None
+    shares = [oracle.shares(t, weight, smoothing) for t in (one_hot if of_ids else probs).tolist()]
     losses = [row.soft_loss(q) for row, q in zip(case.rows, shares, strict=True)]
     gradients = [row.soft_gradient(q) for row, q in zip(case.rows, shares, strict=True)]
     return (
-        case.targets if kind == "smooth" else probs,
-        options,
+        case.targets if of_ids else probs,
+        {"label_smoothing": smoothing, "weight": weight},
         oracle.as_pair(losses),
         oracle.as_pair([g for row, _ in gradients for g in row]),
         [term for _, row in gradients for term in row],
@@ -75,7 +74,7 @@ def _soft_call(case, kind):
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("kind", ["soft", "smooth", "weighed"])
+@pytest.mark.parametrize("kind", ["soft", "soft weighed", "smooth", "smooth weighed"])
 def test_targets_of_many_shares(backend, kind, dtype, record_ulp):
     for case in further_cases(dtype):
         targets, options, losses, gradients, larger_terms = _soft_call(case, kind)

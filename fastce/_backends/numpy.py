@@ -255,14 +255,18 @@ def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each row, by halves: NumPy adds up to 16 in turn, whose errors may agree."""
+    """Return the sum of each row, by halves, with what is rounded away on the way."""
+    lost = np.zeros(len(terms))
     while (n := terms.shape[1]) > 1:
-        half = n // 2
-        sums = terms[:, :half] + terms[:, half : 2 * half]
-        if n % 2:
-            sums[:, 0] += terms[:, -1]
-        terms = sums
-    return terms[:, 0] if terms.shape[1] else np.zeros(len(terms))
+        a, b = terms[:, : n // 2], terms[:, n // 2 : n // 2 * 2]
+        sums = a + b
+        b1 = sums - a
+        lost += ((a - (sums - b1)) + (b - b1)).sum(axis=1)
+        terms = np.concatenate([sums, terms[:, -1:]], axis=1) if n % 2 else sums
+    if not terms.shape[1]:
+        return lost
+    total = terms[:, 0]
+    return total + np.where(np.isfinite(total), lost, 0.0)
 
 
 def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
