@@ -18,6 +18,7 @@ class RowKernels:
         max_elements: int,
         wants_losses: bool,
         grad_scale: float | None,
+        out: object,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None: ...
     def rows(
         self,

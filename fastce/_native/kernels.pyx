@@ -91,6 +91,29 @@ cdef enum:
     _PLAIN_ROWS = 1024
 
 
+cdef bint _apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two contiguous arrays share no memory."""
+    cdef char *x = <char *>cnp.PyArray_DATA(a)
+    cdef char *y = <char *>cnp.PyArray_DATA(b)
+    return x + cnp.PyArray_NBYTES(a) <= y or y + cnp.PyArray_NBYTES(b) <= x
+
+
+cdef bint _takes_grad(out, cnp.ndarray logits, cnp.ndarray targets):
+    """Whether an array can hold the gradient of a small call as it is, and every target is a class."""
+    cdef const int64_t *target = <const int64_t *>cnp.PyArray_DATA(targets)
+    cdef ptrdiff_t row
+    for row in range(cnp.PyArray_DIM(logits, 0)):
+        if not 0 <= target[row] < cnp.PyArray_DIM(logits, 1):
+            return False
+    return (
+        type(out) is cnp.ndarray and cnp.PyArray_NDIM(out) == 2
+        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(logits, 0)
+        and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(logits, 1)
+        and cnp.PyArray_ISCARRAY(out) and (out is logits or _apart(out, logits)) and _apart(out, targets)
+    )
+
+
 cdef int _loss_kind(int kind) noexcept:
     return cnp.NPY_FLOAT64 if kind == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
 
@@ -116,7 +139,9 @@ cdef class RowKernels:
         """Return OpenMP's limit: OMP_NUM_THREADS, threadpoolctl, or all cores."""
         return omp_get_max_threads()
 
-    def plain(self, logits, targets, ignore_index, ptrdiff_t max_elements, bint wants_losses, grad_scale):
+    def plain(
+        self, logits, targets, ignore_index, ptrdiff_t max_elements, bint wants_losses, grad_scale, out,
+    ):
         """See `fastce.kernels.Kernels.plain`."""
         cdef fastce_call call
         cdef double scale = 1.0, total
@@ -152,7 +177,9 @@ cdef class RowKernels:
         call.losses = <void *>buffer if losses is None else cnp.PyArray_DATA(losses)
         if grad_scale is not None:
             scale = grad_scale
-            grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+            if out is not None and not _takes_grad(out, logits, targets):
+                return None
+            grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0) if out is None else out
             call.grad = cnp.PyArray_DATA(grad)
         call.scale = &scale
         n_ignored = _run_tiles(self.of(kind), &call, n_rows, n_rows, 1, &total)
