@@ -95,7 +95,7 @@ def layouts(x):
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """Rows of one width in one dtype."""
 
@@ -105,7 +105,7 @@ class Case:
 
     @functools.cached_property
     def exact(self) -> tuple[oracle.Pair, oracle.Pair]:
-        """The exact losses and gradients."""
+        """The exact losses and gradients for the class ids."""
         rows = [
             oracle.loss_and_gradient(x, int(t))
             for x, t in zip(self.logits.tolist(), self.targets, strict=True)
@@ -114,6 +114,11 @@ class Case:
             oracle.as_pair([loss for loss, _ in rows]),
             oracle.as_pair([g for _, grad in rows for g in grad]),
         )
+
+    @functools.cached_property
+    def rows(self) -> list[oracle.Row]:
+        """What else is exact about each row is made of this."""
+        return [oracle.Row.of(x) for x in self.logits.tolist()]
 
 
 def _targets(rng: np.random.Generator, logits: NDArray) -> NDArray[np.int64]:
@@ -178,3 +183,15 @@ def accuracy_cases(dtype: str) -> tuple[Case, ...]:
             x[:, 0] = np.where((x == -np.inf).all(axis=1), 0.0, x[:, 0])  # keep one class
             cases.append(Case(f"{name}-{n}", x, _targets(rng, x)))
     return tuple(cases)
+
+
+@functools.cache
+def further_cases(dtype: str) -> tuple[Case, ...]:
+    """Return a certain row and another of each family, at fewer sizes: for all that is not a loss."""
+    sizes = {"float32": (2, 5, 17, 33, 97, 1025), "float64": (2, 5, 17, 33, 97, 513)}
+    return tuple(
+        Case(case.name, case.logits[:2], case.targets[:2])
+        for case in accuracy_cases(dtype)
+        if case.logits.shape[1] in sizes.get(dtype, (5, 33, 97))
+        and np.isfinite(case.logits.max(axis=1)).all()
+    )

@@ -164,12 +164,12 @@ class NumpyKernels(Kernels):
             n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
                 terms = _kl_terms(a, b) * log_scale(base)[1]
-                excess = a.sum(axis=1) - b.sum(axis=1)
-                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(a.sum(axis=1), b.sum(axis=1))
+                excess = _sum(a) - _sum(b)
+                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(_sum(a), _sum(b))
                 excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
-                out[at] = terms.sum(axis=1) + excess * log_scale(base)[1]
+                out[at] = _sum(terms) + excess * log_scale(base)[1]
             else:
-                out[at] = np.where(a == 0, 0.0, a * -_log(b, base)).sum(axis=1) + 0.0
+                out[at] = _sum(np.where(a == 0, 0.0, a * -_log(b, base))) + 0.0
         return n_bad
 
     @np.errstate(all="ignore")
@@ -254,6 +254,17 @@ def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
     return ((bits + (0x7FFF + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype(dtype)
 
 
+def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each row, by halves: NumPy adds up to 16 in turn, whose errors may agree."""
+    while (n := terms.shape[1]) > 1:
+        half = n // 2
+        sums = terms[:, :half] + terms[:, half : 2 * half]
+        if n % 2:
+            sums[:, 0] += terms[:, -1]
+        terms = sums
+    return terms[:, 0] if terms.shape[1] else np.zeros(len(terms))
+
+
 def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
@@ -266,7 +277,7 @@ def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     exps = np.exp(d)
     exps += np.where(np.isneginf(d), 0.0, exps * r)
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
-    return _Rows(x, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+    return _Rows(x, targets, exps, top, m - x[n, targets], _sum(exps))
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -303,7 +314,7 @@ def _weighed(t: NDArray[np.float64], soft: Soft) -> NDArray[np.float64]:
 def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
     m = np.take_along_axis(rows.x, rows.top[:, None], axis=1)
     gaps = np.where(shares == 0, 0.0, shares * (m - rows.x))
-    loss = gaps.sum(axis=1) + shares.sum(axis=1) * np.log1p(rows.rest)
+    loss = _sum(gaps) + _sum(shares) * np.log1p(rows.rest)
     return np.where(np.isnan(rows.rest), np.nan, loss)
 
 
@@ -312,14 +323,14 @@ def _soft_gradient(
 ) -> NDArray[np.float64]:
     n = np.arange(len(rows.x))
     total = 1.0 + rows.rest
-    sums = shares.sum(axis=1)
+    sums = _sum(shares)
     grad = _softmax(rows)
     grad *= sums[:, None]
     grad -= shares
     # The maximum's own: what the others get too much. Nothing of a p next to 1 cancels then.
     others = shares.copy()
     others[n, rows.top] = 0.0
-    top = others.sum(axis=1) - sums * (rows.rest / total)
+    top = _sum(others) - sums * (rows.rest / total)
     grad[n, rows.top] = np.where(rows.rest < 1, top, grad[n, rows.top])
     return np.where(scale[:, None] == 0, grad * 0.0 + 0.0, grad * scale[:, None])
 
@@ -343,7 +354,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
     finite = ~np.isnan(rows.rest)
     total = 1.0 + rows.rest
     p = _softmax(rows)
-    below = np.where(p == 0, 0.0, p * (m[:, None] - rows.x)).sum(axis=1)
+    below = _sum(np.where(p == 0, 0.0, p * (m[:, None] - rows.x)))
     others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets]) / total
     p[n, rows.targets] = 0.0
     return {
@@ -354,7 +365,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
         "rank": np.where(finite, _rank(rows), -1),
         "entropy": np.where(finite, np.log1p(rows.rest) + below, np.nan),
         "max_prob": 1.0 / total,
-        "brier": np.where(finite, (p * p).sum(axis=1) + others * others, np.nan),
+        "brier": np.where(finite, _sum(p * p) + others * others, np.nan),
     }
 
 
@@ -382,7 +393,7 @@ def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
     near = np.abs(d) < 1
     terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
     terms = np.where(a == 0, b, terms)  # d may be NaN then, or -inf
-    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, terms.sum(axis=1))
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, _sum(terms))
 
 
 def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -402,7 +413,7 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
     exponent = exponent - low
     of_2, of_e = log_scale(base)
     found = exponent * of_2 + np.log(fraction) * of_e
-    return np.where((p == 0) | ~np.isfinite(p), np.log(p), found)
+    return np.where((p == 0) | ~np.isfinite(p), np.log(p) * of_e, found)
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
