@@ -186,7 +186,7 @@ def cross_entropy(
     """
     plain = all(option is None for option in (out, weight, sample_weight, normalizer, base, dtype))
     if plain and axis == -1 and label_smoothing == 0.0 and reduction in REDUCTIONS:
-        done = _plain(logits, targets, ignore_index, reduction, False, num_threads, backend)
+        done = _plain(logits, targets, ignore_index, reduction, False, None, num_threads, backend)
         if done is not None:
             return done[0]
     problem = check(
@@ -275,10 +275,10 @@ def cross_entropy_with_grad(
     >>> grad
     array([[ 0.5, -0.5]])
     """
-    options = (out, weight, sample_weight, normalizer, base, grad_output, dtype)
+    options = (weight, sample_weight, normalizer, base, grad_output, dtype)
     plain = all(option is None for option in options)
     if plain and axis == -1 and label_smoothing == 0.0 and reduction in REDUCTIONS:
-        done = _plain(logits, targets, ignore_index, reduction, True, num_threads, backend)
+        done = _plain(logits, targets, ignore_index, reduction, True, out, num_threads, backend)
         if done is not None and done[1] is not None:
             return done[0], done[1]
     problem = check(
@@ -317,6 +317,7 @@ def _plain(
     ignore_index: int | None,
     reduction: str,
     with_grad: bool,
+    out: object,
     num_threads: int | None,
     backend: str | None,
 ) -> tuple[float | _Array, _Array | None] | None:
@@ -335,6 +336,7 @@ def _plain(
         threads.SERIAL_ELEMENTS,
         reduction == "none",
         None if not with_grad else 1.0 / len(logits) if mean else 1.0,
+        out,
     )
     if done is None or not mean:
         return done

@@ -18,6 +18,7 @@ class RowKernels:
         max_elements: int,
         wants_losses: bool,
         grad_scale: float | None,
+        out: object,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None: ...
     def rows(
         self,
@@ -46,3 +47,42 @@ class RowKernels:
         stream: bool,
         num_threads: int,
     ) -> None: ...
+    def kl_from_logits(
+        self,
+        p_logits: NDArray[Any],
+        q_logits: NDArray[Any],
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        num_threads: int,
+    ) -> None: ...
+    def distributions(
+        self,
+        measure: str,
+        p: NDArray[Any],
+        q: NDArray[Any] | None,
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        base: float | None,
+        num_threads: int,
+    ) -> int: ...
+    def information(
+        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
+    ) -> int: ...
+    def binary(
+        self,
+        x: NDArray[Any],
+        targets: NDArray[Any],
+        losses: NDArray[Any] | None,
+        sums: NDArray[float64],
+        *,
+        from_logits: bool,
+        weight: NDArray[Any] | None,
+        pos_weight: NDArray[Any] | None,
+        unit: float,
+        scale: NDArray[Any] | None,
+        grad_unit: float,
+        grad: NDArray[Any] | None,
+        num_threads: int,
+    ) -> int: ...

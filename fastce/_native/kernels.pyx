@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from fastce.kernels import tile_rows
+from fastce.kernels import BINARY_TILE, SUMS_AGREE, log_scale, tile_rows
 
 cnp.import_array()
 
@@ -50,6 +50,25 @@ cdef extern from "rows.h" nogil:
         FASTCE_LOG_SOFTMAX
     ctypedef struct fastce_part:
         pass
+    ctypedef enum fastce_kind:
+        FASTCE_CROSS_ENTROPY
+        FASTCE_KL_DIVERGENCE
+        FASTCE_KL_OF_LOGITS
+    ctypedef struct fastce_measure:
+        fastce_kind kind
+        fastce_call p, q
+        double of_2, of_e, sums_agree
+        void *out
+    ctypedef struct fastce_binary:
+        const void *x
+        const void *targets
+        const void *weight
+        const void *pos_weight
+        const void *scale
+        double unit, grad_unit
+        void *losses
+        void *grad
+        int from_logits
     ctypedef struct fastce_kernels:
         ptrdiff_t (*rows)(
             const fastce_call *, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *, double *) noexcept nogil
@@ -60,6 +79,10 @@ cdef extern from "rows.h" nogil:
         void (*write_segment)(
             const fastce_call *, ptrdiff_t, ptrdiff_t, void *, const fastce_part *) noexcept nogil
         size_t (*scratch)(const fastce_call *) noexcept nogil
+        ptrdiff_t (*measure)(const fastce_measure *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
+        size_t (*measure_scratch)(const fastce_measure *) noexcept nogil
+        ptrdiff_t (*information)(const fastce_measure *, ptrdiff_t, ptrdiff_t) noexcept nogil
+        ptrdiff_t (*binary)(const fastce_binary *, ptrdiff_t, ptrdiff_t, double *) noexcept nogil
     const fastce_kernels *fastce_find_kernels(const char *dtype, const char *isa)
 
 cdef extern from *:
@@ -84,11 +107,36 @@ cdef ptrdiff_t _KEEPS_LOCK = 8192
 cdef ptrdiff_t _TURNS = 16
 # Where classes are not neighbours, rows are: a work item takes a cache line of them or more.
 cdef ptrdiff_t _TURNED_ROWS = 16
+# Elements of a work item where each is computed for itself.
+cdef ptrdiff_t _TILE = BINARY_TILE
 
 
 # The most rows of a small call: those of one tile.
 cdef enum:
     _PLAIN_ROWS = 1024
+
+
+cdef bint _apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two contiguous arrays share no memory."""
+    cdef char *x = <char *>cnp.PyArray_DATA(a)
+    cdef char *y = <char *>cnp.PyArray_DATA(b)
+    return x + cnp.PyArray_NBYTES(a) <= y or y + cnp.PyArray_NBYTES(b) <= x
+
+
+cdef bint _takes_grad(out, cnp.ndarray logits, cnp.ndarray targets):
+    """Whether an array can hold the gradient of a small call as it is, and every target is a class."""
+    cdef const int64_t *target = <const int64_t *>cnp.PyArray_DATA(targets)
+    cdef ptrdiff_t row
+    for row in range(cnp.PyArray_DIM(logits, 0)):
+        if not 0 <= target[row] < cnp.PyArray_DIM(logits, 1):
+            return False
+    return (
+        type(out) is cnp.ndarray and cnp.PyArray_NDIM(out) == 2
+        and cnp.PyArray_TYPE(out) == cnp.PyArray_TYPE(logits)
+        and cnp.PyArray_DIM(out, 0) == cnp.PyArray_DIM(logits, 0)
+        and cnp.PyArray_DIM(out, 1) == cnp.PyArray_DIM(logits, 1)
+        and cnp.PyArray_ISCARRAY(out) and (out is logits or _apart(out, logits)) and _apart(out, targets)
+    )
 
 
 cdef int _loss_kind(int kind) noexcept:
@@ -116,7 +164,9 @@ cdef class RowKernels:
         """Return OpenMP's limit: OMP_NUM_THREADS, threadpoolctl, or all cores."""
         return omp_get_max_threads()
 
-    def plain(self, logits, targets, ignore_index, ptrdiff_t max_elements, bint wants_losses, grad_scale):
+    def plain(
+        self, logits, targets, ignore_index, ptrdiff_t max_elements, bint wants_losses, grad_scale, out,
+    ):
         """See `fastce.kernels.Kernels.plain`."""
         cdef fastce_call call
         cdef double scale = 1.0, total
@@ -152,7 +202,9 @@ cdef class RowKernels:
         call.losses = <void *>buffer if losses is None else cnp.PyArray_DATA(losses)
         if grad_scale is not None:
             scale = grad_scale
-            grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+            if out is not None and not _takes_grad(out, logits, targets):
+                return None
+            grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0) if out is None else out
             call.grad = cnp.PyArray_DATA(grad)
         call.scale = &scale
         n_ignored = _run_tiles(self.of(kind), &call, n_rows, n_rows, 1, &total)
@@ -239,6 +291,115 @@ cdef class RowKernels:
             raise MemoryError("no memory for the scratch of fastce's kernels")
         return n_bad
 
+    def kl_from_logits(
+        self,
+        cnp.ndarray p_logits,
+        cnp.ndarray q_logits,
+        ptrdiff_t first_row,
+        cnp.ndarray out,
+        *,
+        int num_threads,
+    ):
+        """See `fastce.kernels.Kernels.kl_from_logits`; nothing is checked here."""
+        self._measure(FASTCE_KL_OF_LOGITS, p_logits, q_logits, first_row, out, None, num_threads)
+
+    def distributions(
+        self,
+        str measure,
+        cnp.ndarray p,
+        cnp.ndarray q,
+        ptrdiff_t first_row,
+        cnp.ndarray out,
+        *,
+        base,
+        int num_threads,
+    ):
+        """See `fastce.kernels.Kernels.distributions`; nothing is checked here."""
+        kind = FASTCE_KL_DIVERGENCE if measure == "kl_divergence" else FASTCE_CROSS_ENTROPY
+        return self._measure(kind, p, q, first_row, out, base, num_threads)
+
+    cdef _measure(
+        self, fastce_kind kind, cnp.ndarray p, cnp.ndarray q, ptrdiff_t first_row, cnp.ndarray out, base,
+        int num_threads,
+    ):
+        cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(p))
+        cdef ptrdiff_t n_rows = cnp.PyArray_DIM(out, 0), tile, n_bad
+        cdef fastce_measure call
+        memset(&call, 0, sizeof(call))
+        call.kind = kind
+        call.of_2, call.of_e = log_scale(base)
+        call.sums_agree = SUMS_AGREE
+        call.out = cnp.PyArray_DATA(out)
+        _describe(&call.p, p, first_row, None)
+        if q is not None:
+            _describe(&call.q, q, first_row, None)
+        if n_rows == 0:
+            return 0
+        tile = tile_rows(call.p.n_classes)
+        if n_rows * call.p.n_classes < _KEEPS_LOCK:
+            n_bad = _run_measure(kernels, &call, n_rows, tile, 1)
+        else:
+            with nogil:
+                n_bad = _run_measure(kernels, &call, n_rows, tile, num_threads)
+        if n_bad < 0:
+            raise MemoryError("no memory for the scratch of fastce's kernels")
+        return n_bad
+
+    def information(self, cnp.ndarray p, cnp.ndarray out, *, base, int num_threads):
+        """See `fastce.kernels.Kernels.information`; nothing is checked here."""
+        cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(p))
+        cdef ptrdiff_t n = cnp.PyArray_DIM(p, 0)
+        cdef fastce_measure call
+        memset(&call, 0, sizeof(call))
+        call.of_2, call.of_e = log_scale(base)
+        call.p.logits = cnp.PyArray_DATA(p)
+        call.out = cnp.PyArray_DATA(out)
+        if n < _KEEPS_LOCK:
+            return kernels.information(&call, 0, n)
+        with nogil:
+            n = _run_information(kernels, &call, n, num_threads)
+        return n
+
+    def binary(
+        self,
+        cnp.ndarray x,
+        cnp.ndarray targets,
+        cnp.ndarray losses,
+        cnp.ndarray sums,
+        *,
+        bint from_logits,
+        cnp.ndarray weight,
+        cnp.ndarray pos_weight,
+        double unit,
+        cnp.ndarray scale,
+        double grad_unit,
+        cnp.ndarray grad,
+        int num_threads,
+    ):
+        """See `fastce.kernels.Kernels.binary`; nothing is checked here."""
+        cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(x))
+        cdef ptrdiff_t n = cnp.PyArray_DIM(x, 0)
+        cdef double *sum_of = <double *>cnp.PyArray_DATA(sums)
+        cdef fastce_binary call
+        call.x = cnp.PyArray_DATA(x)
+        call.targets = cnp.PyArray_DATA(targets)
+        call.weight = _data(weight)
+        call.pos_weight = _data(pos_weight)
+        call.scale = _data(scale)
+        call.unit, call.grad_unit = unit, grad_unit
+        call.losses = _data(losses)
+        call.grad = _data(grad)
+        call.from_logits = from_logits
+        if n < _KEEPS_LOCK:
+            return kernels.binary(&call, 0, n, sum_of) if n else 0
+        with nogil:
+            n = _run_binary(kernels, &call, n, num_threads, sum_of)
+        return n
+
+
+cdef void *_data(cnp.ndarray x) noexcept:
+    return NULL if x is None else cnp.PyArray_DATA(x)
+
 
 cdef void _describe(fastce_call *call, cnp.ndarray logits, ptrdiff_t first_row, cnp.ndarray grad):
     """Fill in a call with logits and gradient, and nothing else."""
@@ -287,22 +448,17 @@ cdef void _describe_soft(fastce_call *call, soft, cnp.ndarray weight_sums):
         call.weight_sums = <const double *>cnp.PyArray_DATA(weight_sums)
 
 
-cdef void *_at(array) noexcept:
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
-
-
 cdef void _describe_stats(fastce_call *call, stats):
     call.stats = 1
     call.moments = stats.entropy is not None or stats.brier is not None
-    call.lse = _at(stats.lse)
-    call.target_logit = _at(stats.target_logit)
-    call.max_logit = _at(stats.max_logit)
-    call.entropy = _at(stats.entropy)
-    call.max_prob = _at(stats.max_prob)
-    call.brier = _at(stats.brier)
-    call.argmax = <int64_t *>_at(stats.argmax)
-    call.ranks = <int64_t *>_at(stats.rank)
-
+    call.lse = _data(stats.lse)
+    call.target_logit = _data(stats.target_logit)
+    call.max_logit = _data(stats.max_logit)
+    call.entropy = _data(stats.entropy)
+    call.max_prob = _data(stats.max_prob)
+    call.brier = _data(stats.brier)
+    call.argmax = <int64_t *>_data(stats.argmax)
+    call.ranks = <int64_t *>_data(stats.rank)
 
 cdef ptrdiff_t _run_tiles(
     const fastce_kernels *kernels, const fastce_call *call, ptrdiff_t n_rows, ptrdiff_t tile,
@@ -363,3 +519,49 @@ cdef ptrdiff_t _run_segments(
     free(scratch)
     free(parts)
     return n_ignored
+
+
+cdef ptrdiff_t _run_measure(
+    const fastce_kernels *kernels, const fastce_measure *call, ptrdiff_t n_rows, ptrdiff_t tile,
+    int num_threads,
+) noexcept nogil:
+    """Return the number of rows with invalid probabilities, or -1 without memory."""
+    cdef ptrdiff_t step = (tile + _TURNED_ROWS - 1) // _TURNED_ROWS * _TURNED_ROWS
+    if call.p.class_stride == 1 and (call.q.logits == NULL or call.q.class_stride == 1):
+        step = tile
+    cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_bad = 0
+    cdef size_t size = (kernels.measure_scratch(call) + 127) // 64 * 64
+    cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
+    cdef char *scratch = <char *>malloc(size * n_threads)
+    if scratch == NULL:
+        return -1
+    if n_threads == 1:
+        for item in range(n_items):
+            n_bad += kernels.measure(call, item * step, min(step, n_rows - item * step), scratch)
+    else:
+        chunk = max(1, n_items // (_TURNS * n_threads))
+        for item in prange(n_items, num_threads=n_threads, schedule="dynamic", chunksize=chunk):
+            n_bad += kernels.measure(call, item * step, min(step, n_rows - item * step),
+                                     scratch + size * threadid())
+    free(scratch)
+    return n_bad
+
+
+cdef ptrdiff_t _run_information(
+    const fastce_kernels *kernels, const fastce_measure *call, ptrdiff_t n, int num_threads
+) noexcept nogil:
+    cdef ptrdiff_t n_items = (n + _TILE - 1) // _TILE, item, n_bad = 0
+    cdef ptrdiff_t chunk = max(1, n_items // (_TURNS * num_threads))
+    for item in prange(n_items, num_threads=num_threads, schedule="dynamic", chunksize=chunk):
+        n_bad += kernels.information(call, item * _TILE, min(_TILE, n - item * _TILE))
+    return n_bad
+
+
+cdef ptrdiff_t _run_binary(
+    const fastce_kernels *kernels, const fastce_binary *call, ptrdiff_t n, int num_threads, double *sums
+) noexcept nogil:
+    cdef ptrdiff_t n_items = (n + _TILE - 1) // _TILE, item, n_bad = 0
+    cdef ptrdiff_t chunk = max(1, n_items // (_TURNS * num_threads))
+    for item in prange(n_items, num_threads=num_threads, schedule="dynamic", chunksize=chunk):
+        n_bad += kernels.binary(call, item * _TILE, min(_TILE, n - item * _TILE), sums + 2 * item)
+    return n_bad

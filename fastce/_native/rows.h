@@ -50,6 +50,26 @@ typedef struct {
     int64_t ahead, argmax;
 } fastce_part;
 
+/* Measures of rows of p and q: of probabilities, or of the softmax of logits. Of each it uses the logits, their
+ * strides and shape, and first_row. */
+typedef enum { FASTCE_CROSS_ENTROPY, FASTCE_KL_DIVERGENCE, FASTCE_KL_OF_LOGITS } fastce_kind;
+typedef struct {
+    fastce_kind kind;
+    fastce_call p, q;         /* IN   without q.logits, q is p */
+    double of_2, of_e;        /* the logarithms of 2 and e to the base */
+    double sums_agree;        /* so many epsilons may two sums differ that count as equal */
+    void *out;                /* OUT  float, or double for double p */
+} fastce_measure;
+
+/* Binary cross-entropy. All are contiguous; weights, scale and losses are floats, or doubles for double x. */
+typedef struct {
+    const void *x, *targets;                   /* IN */
+    const void *weight, *pos_weight, *scale;   /* IN   may be NULL */
+    double unit, grad_unit;
+    void *losses, *grad;                       /* OUT  may be NULL */
+    int from_logits;
+} fastce_binary;
+
 /* The kernels of one dtype on one instruction set. */
 typedef struct {
     /* Compute rows [first, first + n), counted from first_row; write the sums of the losses of each
@@ -66,6 +86,13 @@ typedef struct {
                           const fastce_part *);
     /* Bytes of scratch that each thread needs. */
     size_t (*scratch)(const fastce_call *);
+    /* Measure rows [first, first + n), and return how many hold invalid probabilities; the scratch for it. */
+    ptrdiff_t (*measure)(const fastce_measure *, ptrdiff_t first, ptrdiff_t n, void *scratch);
+    size_t (*measure_scratch)(const fastce_measure *);
+    /* Write the information of the elements [first, first + n) of p, and return how many are invalid. */
+    ptrdiff_t (*information)(const fastce_measure *, ptrdiff_t first, ptrdiff_t n);
+    /* The same of binary cross-entropy; the sum of the losses is left as two numbers. */
+    ptrdiff_t (*binary)(const fastce_binary *, ptrdiff_t first, ptrdiff_t n, double *sum);
 } fastce_kernels;
 
 /* Divides the blocks of every dtype. */
