@@ -444,11 +444,7 @@ def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
             def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
                 operands = map(_operand, [builder] * len(args), values, args)
                 out = emit(*operands)
-                nothing = context.get_dummy_value()
-                if isinstance(out, tuple):
-                    found = [nothing if v is None else v.value for v in out]
-                    return context.make_tuple(builder, returned, found)
-                return nothing if out is None else out.value
+                return _result_value(context, builder, returned, out)
 
             return returned(*args), codegen
 
@@ -459,6 +455,13 @@ def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
         return intrinsic(typed)
 
     return decorate
+
+
+def _result_value(context: Any, builder: Any, kind: types.Type, out: Any) -> Any:
+    if isinstance(out, tuple):
+        values = [_result_value(context, builder, k, v) for k, v in zip(kind, out, strict=True)]
+        return context.make_tuple(builder, kind, values)
+    return context.get_dummy_value() if out is None else out.value
 
 
 def _operand(builder: Any, value: Any, kind: types.Type) -> Any:
@@ -691,6 +694,22 @@ def _at(pointer, offset):
     if pointer:
         pointer.value = pointer.builder.gep(pointer.value, [offset.value])
     return pointer
+
+
+def _unless(first: types.Type, made: Any) -> types.Type:
+    """Return none where the first argument is None."""
+    return types.none if isinstance(first, types.NoneType) else made
+
+
+@_emits(lambda given, value: _unless(given, value))
+def _if_given(given, value):
+    """Return a value where something is given, else None."""
+    return given and value
+
+
+@_emits(lambda a, b, value: value if _unless(a, value) == value else _unless(b, value))
+def _if_either(a, b, value):
+    return (a or b) and value
 
 
 @_emits(lambda pointer, *_: _computed(pointer.dtype))
@@ -1124,11 +1143,13 @@ def _soft_loss(x, gap, rest, linear, mass):
     return _if_finite(gap, linear + mass * _log1p(rest, _bits_of(x)))
 
 
-@_emits(lambda soft, gap, *_: types.UniTuple(gap, 3))
+@_emits(lambda soft, gap, *_: types.UniTuple(_unless(soft, gap), 3))
 def _mass_of(soft, gap, linear, below, at, w):
     """The part of rows' losses that is linear in the logits, the sums of their shares, and of those
     of all classes but the maximum, if that has more than half of the probability; w: targets' weights.
     """
+    if not soft:
+        return None, None, None
     share = soft.id_share * w
     own = share.compare("==", 0.0).select(0.0, share * gap)  # 0 also where gap is infinite
     linear = soft.unit * linear * 2.0 + own
@@ -1149,28 +1170,34 @@ def _weight_of(soft, i):
 
 
 def _soft_like(soft: Any, t: types.Type, *_: Any) -> types.Type:
-    probs = types.none if isinstance(soft.types[0], types.NoneType) else t
-    return types.BaseTuple.from_types([probs, *soft.types[1:]], _Soft)
+    if isinstance(soft, types.NoneType):
+        return soft
+    return types.BaseTuple.from_types([_unless(soft.types[0], t), *soft.types[1:]], _Soft)
 
 
 @_emits(_soft_like)
 def _soft_with(soft, t, first):
-    """The same with another pointer to probabilities, if it has one; both from class ``first`` on."""
-    for pointer in (t, soft.w):
-        if pointer:
-            pointer.value = pointer.builder.gep(pointer.value, [first.value])
-    return soft._replace(t=soft.t and t)
+    """Return the same from class ``first`` on, whose probability, if there is one, is at t."""
+    if soft and soft.w:
+        soft.w.value = soft.w.builder.gep(soft.w.value, [first.value])
+    return soft and soft._replace(t=soft.t and t)
+
+
+@_emits(lambda soft: _unless(soft, soft) if isinstance(soft, types.NoneType) else soft.types[0])
+def _probs_of(soft):
+    return soft and soft.t
 
 
 @_emits(lambda soft, target: target)
 def _class_id(soft, target):
     """The target, or -1 where targets are probabilities."""
-    return target.of(-1) if soft.t else target
+    return target.of(-1) if soft and soft.t else target
 
 
 @_emits(types.int64)
-def _where_probs(soft, yes, no):
-    return yes if soft.t else no
+def _by_targets(soft, of_probs, of_ids):
+    """Return one of two numbers: what holds where targets are probabilities, or class ids."""
+    return of_probs if soft and soft.t else of_ids
 
 
 # ---- Intrinsics: the gradient ----
@@ -1300,9 +1327,11 @@ def _target_gradient(gap, e, rest, scale):
 _MOST_REST, _LEAST_TOP = 0.9, 0.95
 
 
-@_emits(lambda x, soft, scale, *_: _named(_Own, *[_real_like] * 6)(x, scale))
+@_emits(lambda x, soft, scale, *_: _unless(soft, _named(_Own, *[_real_like] * 6)(x, scale)))
 def _own_parts(x, soft, scale, gap, e, rest, mass, others, w):
     """Return what the gradients of rows need; e is exp of the target's logit minus the maximum."""
+    if not soft:
+        return None
     bits = _bits_of(x)
     total, share = rest + 1.0, soft.id_share * w
     alone = rest.compare("<", _MOST_REST)
@@ -1317,9 +1346,32 @@ def _own_parts(x, soft, scale, gap, e, rest, mass, others, w):
 
 @_emits(lambda own, drop, again: own)
 def _own_in_block(own, drop, again):
-    """The same where exponentials are exp(m - x) / (drop * again)."""
-    top = (own.top.double() / drop / again).rounded(own.top.bits)
-    return own._replace(top=top)
+    """Return the same where exponentials are to be multiplied by drop * again."""
+    return own and own._replace(top=(own.top.double() / drop / again).rounded(own.top.bits))
+
+
+@_emits(lambda soft, factors, *_: _unless(soft, _named(_Own, *[_real_of] * 6)(factors)))
+def _own_in_slots(soft, factors, r, step):
+    """Return the same from where it has been noted."""
+    return soft and _Own(*(factors.load(r + step * i, 0) for i in range(6)))
+
+
+@_emits(lambda scale, mass: scale)
+def _times_mass(scale, mass):
+    return scale * mass if mass else scale
+
+
+def _how_type(factor: Any, own: Any, soft: Any) -> types.Type:
+    if isinstance(own, types.NoneType):
+        made: types.Type = factor
+        return made
+    return types.BaseTuple.from_types([factor, own, *soft.types[:2]], _SoftFactor)
+
+
+@_emits(_how_type)
+def _how(factor, own, soft):
+    """Return what turns exponentials into gradients, be targets soft or not."""
+    return _SoftFactor(factor, own, soft.t, soft.w) if own else factor
 
 
 @_emits(types.float64)
@@ -1474,6 +1526,8 @@ def _size_of(mask: _Value) -> _Value:
 @_emits(types.int64)
 def _count_bad(kept, least, mass):
     """How many of the rows that are kept have a negative probability or a NaN."""
+    if not mass:
+        return _Value(kept.builder, ir.IntType(64)(0))
     return _size_of(kept & (least.compare("<", 0.0) | mass.compare("uno", mass, or_nan=True)))
 
 
@@ -1526,8 +1580,10 @@ def _lane_factors(x, gap, rest, scale):
 
 
 @_emits(_vector)
-def _lane_targets(x, gap, e, rest, scale):
+def _target_lanes(x, own, gap, e, rest, scale):
     """Return the gradients of the rows' targets."""
+    if own:
+        return own.target
     bits = _bits_of(x)
     return _minus_others(gap, e, rest, _if_finite(gap, scale), bits).rounded(bits)
 
@@ -1551,6 +1607,12 @@ def _top_lanes(tops, x, m, c):
     """Note class c where it is a maximum."""
     number = _Value(c.builder, c.builder.sitofp(c.value, tops.element))
     return x.compare("==", m).select(number, tops)
+
+
+@_emits(lambda stats, *fields: _unless(stats, _named(_Found, *fields)()))
+def _found(stats, m, target_logit, top, ahead, spread, squares):
+    """Return statistics of rows, where they are wanted."""
+    return stats and _Found(m, target_logit, top, ahead, spread, squares)
 
 
 @_emits(types.boolean)
@@ -1613,9 +1675,7 @@ def _target(x, job, row):
 @njit(**_OPTIONS)
 def _target_to_write(job, target, soft):
     """Return the class id whose gradient is not like the others', or -1."""
-    if soft is not None:
-        return _class_id(soft, target)
-    return -1 if job.targets == 0 else target
+    return -1 if job.targets == 0 else _class_id(soft, target)
 
 
 @njit(**_OPTIONS)
@@ -1624,14 +1684,6 @@ def _lanes_kept(x, job, row, count):
     if job.targets == 0:
         return _no_targets(x, count)
     return _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
-
-
-@njit(**_OPTIONS)
-def _by_targets(soft, of_probs, of_ids):
-    """Return one of two numbers: what holds where targets are probabilities, or class ids."""
-    if soft is None:
-        return of_ids
-    return _where_probs(soft, of_probs, of_ids)
 
 
 @njit(**_OPTIONS)
@@ -1664,9 +1716,10 @@ def _scale_lanes(x, job, row, count, saved):
 @njit(**_OPTIONS)
 def _target_weights(x, job, row, count, soft, step, saved):
     """Return the weights of the targets of count rows; those of classes are ``step`` apart."""
-    for r in range(_lanes(x)):
-        target = _target(x, job, row + min(r, count - 1))
-        saved[r] = _weight_of(soft, target * step) if 0 <= target < job.n_classes else 0.0
+    if soft is not None:
+        for r in range(_lanes(x)):
+            target = _target(x, job, row + min(r, count - 1))
+            saved[r] = _weight_of(soft, target * step) if 0 <= target < job.n_classes else 0.0
     return _doubles_at(x, saved, 0)
 
 
@@ -1732,7 +1785,9 @@ def _add_classes(x, n, what, sums):
 def _sum_shares(x, n, soft, m, top):
     zero = _splat_double(x, 0.0)
     sums = _ShareSums(zero, zero, zero, zero, zero, zero, _splat(x, 0.0))
-    return _add_classes(x, n, _Shares(soft, _finite_or_zero(m), top), sums)
+    if soft is not None:
+        sums = _add_classes(x, n, _Shares(soft, _finite_or_zero(m), top), sums)
+    return sums
 
 
 @njit(**_OPTIONS)
@@ -2000,13 +2055,9 @@ def _write_classes(e, n, how, g, stream):
 @njit(**_OPTIONS)
 def _write_block(e, n, drop, again, error, rest, scale, g, stream, soft, own, mass, start):
     """Write the gradient of n classes from ``start`` on: their exponentials in e times drop * again."""
-    if soft is None:
-        how = _row_factor(e, scale, rest, drop, again, error)
-    else:
-        factor = _row_factor(e, scale * mass, rest, drop, again, error)
-        here = _soft_with(soft, _at(soft.t, start), start)
-        how = _SoftFactor(factor, _own_in_block(own, drop, again), here.t, here.w)
-    _write_classes(e, n, how, g, stream)
+    factor = _row_factor(e, _times_mass(scale, mass), rest, drop, again, error)
+    here = _soft_with(soft, _at(_probs_of(soft), start), start)
+    _write_classes(e, n, _how(factor, _own_in_block(own, drop, again), here), g, stream)
 
 
 @njit(**_OPTIONS)
@@ -2114,24 +2165,15 @@ def _store_rows(x, job, parts, row, count, soft, stats):
         kept, _, _ = _lanes_kept(x, job, row + r, some)
         gap, error = _doubles_at(x, parts, _GAP + r), _doubles_at(x, parts, _GAP_ERROR + r)
         rest = _doubles_at(x, parts, _REST + r)
-        if soft is None:
-            linear = mass = None
-        else:
-            linear, mass = (
-                _doubles_at(x, parts, _LINEAR_PART + r),
-                _doubles_at(x, parts, _MASS_PART + r),
-            )
-        if stats is None:
-            found = None
-        else:
-            found = _Found(
-                _doubles_at(x, parts, _M_PART + r),
-                _doubles_at(x, parts, _LOGIT_PART + r),
-                _doubles_at(x, parts, _TOP_PART + r),
-                _doubles_at(x, parts, _AHEAD_PART + r),
-                _doubles_at(x, parts, _SPREAD_PART + r),
-                _doubles_at(x, parts, _SQUARES_PART + r),
-            )
+        linear = _if_given(soft, _doubles_at(x, parts, _LINEAR_PART + r))
+        mass = _if_given(soft, _doubles_at(x, parts, _MASS_PART + r))
+        m, logit = _doubles_at(x, parts, _M_PART + r), _doubles_at(x, parts, _LOGIT_PART + r)
+        tops, ahead = _doubles_at(x, parts, _TOP_PART + r), _doubles_at(x, parts, _AHEAD_PART + r)
+        spread, squares = (
+            _doubles_at(x, parts, _SPREAD_PART + r),
+            _doubles_at(x, parts, _SQUARES_PART + r),
+        )
+        found = _found(stats, m, logit, tops, ahead, spread, squares)
         saved = _at(parts, _SPARE)
         _store_lanes(x, job, row + r, some, kept, gap, error, rest, linear, mass, found, saved)
 
@@ -2168,28 +2210,21 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                 ref = _splat(x, m if m > -np.inf else 0.0)
                 if soft is not None:
                     here = _soft_with(soft, _pointer_like(places[_T_AT + r], x), 0)
-                    _read_row_shares(at, n, m, r, slots, here, with_grad)
-                if with_grad is None and stats is None:
-                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), None)
-                else:
-                    e = _reals_like(places[_E_AT + r], x)
-                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
+                    _read_row_shares(at, n, m, r, slots, here)
+                e = _if_either(with_grad, stats, _reals_like(places[_E_AT + r], x))
+                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
                 slots[_SUM + r], slots[_ERROR + r] = _sum_of_terms(totals, carries)
                 slots[_TIED + r] = _count_lanes(ties)
                 if stats is not None:
-                    e = _reals_like(places[_E_AT + r], x)
                     _read_row_stats(at, n, m, r, slots, e, target, slots[_LOGIT + r], job)
 
 
 @njit(**_OPTIONS)
-def _read_row_shares(x, n, m, r, slots, soft, with_grad):
+def _read_row_shares(x, n, m, r, slots, soft):
     maximum = _splat(x, m)
-    if with_grad is None:
-        sums = _sum_shares(x, n, soft, maximum, None)
-    else:
-        sums = _sum_shares(x, n, soft, maximum, maximum)
-        total, carry = _sum_of_terms(sums.at, sums.at_carry)
-        slots[_AT_OF + r] = _closed(total, carry)
+    sums = _sum_shares(x, n, soft, maximum, maximum)
+    total, carry = _sum_of_terms(sums.at, sums.at_carry)
+    slots[_AT_OF + r] = _closed(total, carry)
     total, carry = _sum_of_terms(sums.linear, sums.linear_carry)
     slots[_LINEAR_OF + r] = _closed(total, carry)
     total, carry = _sum_of_terms(sums.below, sums.below_carry)
@@ -2221,21 +2256,15 @@ def _finish_rows(x, job, row, count, slots, soft, stats):
     m, logit = _doubles_at(x, slots, _MAXIMUM), _doubles_at(x, slots, _LOGIT)
     total, carry = _doubles_at(x, slots, _SUM), _doubles_at(x, slots, _ERROR)
     rest = _total_of(total, carry, _reals_at(x, slots, _TIED))
-    if stats is None:
-        found = None
-    else:
-        tops, ahead = _doubles_at(x, slots, _TOP_OF), _doubles_at(x, slots, _AHEAD_OF)
-        spread, squares = _doubles_at(x, slots, _SPREAD_OF), _doubles_at(x, slots, _SQUARES_OF)
-        found = _Found(_nan_with(m, rest), logit, tops, ahead, spread, squares)
+    tops, ahead = _doubles_at(x, slots, _TOP_OF), _doubles_at(x, slots, _AHEAD_OF)
+    spread, squares = _doubles_at(x, slots, _SPREAD_OF), _doubles_at(x, slots, _SQUARES_OF)
+    found = _found(stats, _nan_with(m, rest), logit, tops, ahead, spread, squares)
     gap, error, rest = _parts_of_loss(x, m, logit, rest)
-    if soft is None:
-        linear = mass = None
-    else:
-        total, below = _doubles_at(x, slots, _LINEAR_OF), _doubles_at(x, slots, _BELOW_OF)
-        w = _target_weights(x, job, row, count, soft, 1, _at(slots, _WEIGHT_OF))
-        at = _doubles_at(x, slots, _AT_OF)
-        linear, mass, others = _mass_of(soft, gap, total, below, at, w)
-        counted = _where_probs(soft, _count_bad(kept, _doubles_at(x, slots, _LEAST_OF), mass), counted)
+    total, below = _doubles_at(x, slots, _LINEAR_OF), _doubles_at(x, slots, _BELOW_OF)
+    w = _target_weights(x, job, row, count, soft, 1, _at(slots, _WEIGHT_OF))
+    linear, mass, others = _mass_of(soft, gap, total, below, _doubles_at(x, slots, _AT_OF), w)
+    counted = _by_targets(soft, _count_bad(kept, _doubles_at(x, slots, _LEAST_OF), mass), counted)
+    if soft is not None:
         _store(slots, _MASS_OF, mass)
         _store(slots, _OTHERS_OF, others)
     _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, _at(slots, _SUM))
@@ -2257,7 +2286,7 @@ def _factor_rows(x, job, row, count, slots, places, soft):
     factors = _reals_like(_address_in(slots, _FACTOR), x)
     if soft is None:
         factor = _lane_factors(x, gap, rest, scale)
-        _store(factors, 9 * _GROUP, _lane_targets(x, gap, e, rest, scale))
+        _store(factors, 9 * _GROUP, _target_lanes(x, None, gap, e, rest, scale))
     else:
         w, mass = _doubles_at(x, slots, _WEIGHT_OF), _doubles_at(x, slots, _MASS_OF)
         own = _own_parts(x, soft, scale, gap, e, rest, mass, _doubles_at(x, slots, _OTHERS_OF), w)
@@ -2272,18 +2301,6 @@ def _factor_rows(x, job, row, count, slots, places, soft):
     _store(factors, _GROUP, factor.lo)
     _store(factors, 2 * _GROUP, factor.down)
     _store(factors, 3 * _GROUP, factor.least)
-
-
-@njit(**_OPTIONS)
-def _own_of(factors, r):
-    return _Own(
-        _get(factors, 4 * _GROUP + r),
-        _get(factors, 5 * _GROUP + r),
-        _get(factors, 6 * _GROUP + r),
-        _get(factors, 7 * _GROUP + r),
-        _get(factors, 8 * _GROUP + r),
-        _get(factors, 9 * _GROUP + r),
-    )
 
 
 @njit(**_OPTIONS)
@@ -2304,11 +2321,9 @@ def _write_rows(x, step, g, n, job, row, count, slots, places, soft):
             continue
         written = _target_to_write(job, target, soft)
         scale = _scale_of(x, job, row + r)
-        if soft is None:
-            here = own = mass = None
-        else:
-            here, own = _soft_with(soft, _pointer_like(places[_T_AT + r], g), 0), _own_of(factors, r)
-            mass = slots[_MASS_OF + r]
+        here = _soft_with(soft, _pointer_like(places[_T_AT + r], g), 0)
+        own = _own_in_slots(soft, _at(factors, 4 * _GROUP), r, _GROUP)
+        mass = _if_given(soft, slots[_MASS_OF + r])
         if _is_large(scale) and gap == gap:
             logits = _pointer_like(places[_X_AT + r], x)
             _write_plain(logits, step, n, m, rest, scale, out, 1, here, 1, own, mass)
@@ -2317,10 +2332,7 @@ def _write_rows(x, step, g, n, job, row, count, slots, places, soft):
             hi, lo = _get(factors, r), _get(factors, _GROUP + r)
             down, least = _get(factors, 2 * _GROUP + r), _get(factors, 3 * _GROUP + r)
             factor = _Factor(hi, lo, down, least)
-            if soft is None:
-                how = factor
-            else:
-                how = _SoftFactor(factor, own, here.t, here.w)
+            how = _how(factor, own, here)
             _write_classes(_reals_like(places[_E_AT + r], x), n, how, out, False)
             if written >= 0:
                 _set(out, written, _get(factors, 9 * _GROUP + r))
@@ -2385,7 +2397,7 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
         at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
         _fetch(_pointer_like(at, x_type), job.x_inner, job.x_class, fetched, n, block, pitch)
         if soft is not None:
-            t = _at(soft.t, outer * job.p_outer + inner * job.p_inner)
+            t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
             _fetch_probs(t, job, fetched, n, _at(block, most * pitch), pitch)
         for start in range(0, fetched, lanes):
             count = min(lanes, fetched - start)
@@ -2425,16 +2437,9 @@ def _read_row(x, n, state, refs, e, step, soft, first, target, target_logit, sta
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         block, number = _at(x, start), first + start
-        if soft is None:
-            here = None
-        else:
-            here = _soft_with(soft, _at(soft.t, start), start)
-        if e is None:
-            _read_block(block, size, state, None, here, number, target, target_logit, stats)
-        else:
-            terms = _at(e, start * step)
-            ref = _read_block(block, size, state, terms, here, number, target, target_logit, stats)
-            refs[start // _BLOCK] = ref
+        here, terms = _soft_with(soft, _at(_probs_of(soft), start), start), _at(e, start * step)
+        ref = _read_block(block, size, state, terms, here, number, target, target_logit, stats)
+        refs[start // _BLOCK] = ref
 
 
 @njit(**_OPTIONS)
@@ -2475,30 +2480,22 @@ def _direct_rows(x_type, job, item, worker, with_grad, soft, stats):
         target = _target(x, job, row)
         if 0 <= target < n:
             logit = np.float64(_get(at, target))
-            if soft is None:
-                here = None
-            else:
-                offset = outer * job.p_outer + inner * job.p_inner
-                here = _soft_with(soft, _at(soft.t, offset), 0)
-            _clear(state)
-            if with_grad is None:
-                if stats is None:
-                    _read_row(at, n, state, refs, None, 1, here, 0, target, logit, None)
-                else:
-                    _read_row(at, n, state, refs, kept_terms, 0, None, 0, target, logit, stats)
-                _finish_row(x, state, target, logit, parts, r, soft, stats)
-            else:
-                g = _at(grad, outer * job.g_outer + inner * job.g_inner)
+            offset = outer * job.p_outer + inner * job.p_inner
+            here = _soft_with(soft, _at(_probs_of(soft), offset), 0)
+            g = _at(grad, outer * job.g_outer + inner * job.g_inner)
+            again = True  # whether the logits are needed again
+            if with_grad is not None:
                 scale = _scale_of(x, job, row)
-                again = _is_large(scale) or job.log != 0  # the logits are needed again
-                e = _terms_place(kept_terms, g, not stream and not again)
-                _read_row(at, n, state, refs, e, 0 if again else 1, here, 0, target, logit, None)
-                finite = _finish_row(x, state, target, logit, parts, r, soft, None)
+                again = _is_large(scale) or job.log != 0
+            e = _terms_place(kept_terms, g, not stream and not again)
+            e, step = _if_either(with_grad, stats, e), 0 if again else 1
+            _clear(state)
+            _read_row(at, n, state, refs, e, step, here, 0, target, logit, stats)
+            finite = _finish_row(x, state, target, logit, parts, r, soft, stats)
+            if with_grad is not None:
                 m, gap, rest = state[_M], parts[_GAP + r], parts[_REST + r]
-                if soft is None:
-                    own = mass = None
-                else:
-                    own, mass = _own_at(x, soft, parts, r, scale), parts[_MASS_PART + r]
+                own = _own_at(x, soft, parts, r, scale)
+                mass = _if_given(soft, parts[_MASS_PART + r])
                 written = _target_to_write(job, target, soft)
                 if not finite:
                     _fill(g, n, np.nan)
@@ -2598,24 +2595,15 @@ def _read_group(x, job, row, count, n, first_class, states, parts, refs, block, 
         at = _at(x, start * job.x_class)
         _fetch(at, job.x_inner, job.x_class, count, size, block, _PITCH)
         if soft is not None:
-            t = _at(soft.t, t_at + start * job.p_class)
+            t = _at(_probs_of(soft), t_at + start * job.p_class)
             _fetch_probs(t, job, count, size, second, _PITCH)
         for r in range(count):
             target = _target(x, job, row + r)
             if 0 <= target < job.n_classes:
-                here, state, logit = (
-                    _at(block, r * _PITCH),
-                    _at(states, r * _STATE),
-                    parts[_LOGIT_PART + r],
-                )
-                if soft is None:
-                    shares = None
-                else:
-                    shares = _soft_with(soft, _at(second, r * _PITCH), first)
-                if stats is None:
-                    ref = _read_block(here, size, state, None, shares, first, target, logit, None)
-                else:
-                    ref = _read_block(here, size, state, second, None, first, target, logit, stats)
+                here, state = _at(block, r * _PITCH), _at(states, r * _STATE)
+                shares, e = _soft_with(soft, _at(second, r * _PITCH), first), _if_given(stats, second)
+                logit = parts[_LOGIT_PART + r]
+                ref = _read_block(here, size, state, e, shares, first, target, logit, stats)
                 refs[r * n_blocks + b] = ref
 
 
@@ -2632,7 +2620,7 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
         size, first = min(_BLOCK, n - start), first_class + start
         _fetch(_at(x, start * job.x_class), job.x_inner, job.x_class, count, size, block, _PITCH)
         if soft is not None:
-            t = _at(soft.t, t_at + start * job.p_class)
+            t = _at(_probs_of(soft), t_at + start * job.p_class)
             _fetch_probs(t, job, count, size, second, _PITCH)
         for r in range(count):
             e, target = _at(block, r * _PITCH), _target(x, job, row + r)
@@ -2647,11 +2635,11 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
                 _write_log(e, size, m, gap, rest, e, False)
                 continue
             scale, ref = _scale_of(x, job, row + r), refs[r * n_blocks + b]
-            if soft is None:
-                here = own = mass = None
-            else:
-                here = _soft_with(soft, _at(second, r * _PITCH), first)
-                own, mass = _own_at(x, soft, parts, r, scale), parts[_MASS_PART + r]
+            here, own = (
+                _soft_with(soft, _at(second, r * _PITCH), first),
+                _own_at(x, soft, parts, r, scale),
+            )
+            mass = _if_given(soft, parts[_MASS_PART + r])
             target_term, place = 0.0, _target_to_write(job, target, soft) - first
             if _is_large(scale):
                 logits = _at(x, start * job.x_class + r * job.x_inner)
@@ -2768,14 +2756,11 @@ def _read_part(x_type, job, item, worker, soft, stats):
             target = _target(x_type, job, row)
             if 0 <= target < job.n_classes:
                 logit = parts[_LOGIT_PART]
-                if soft is None:
-                    here = None
-                else:
-                    here = _soft_with(soft, _at(soft.t, t_at), first_class)
-                if stats is None:
-                    _read_row(at, n, scratch, refs, None, 1, here, first_class, target, logit, None)
-                else:
-                    _read_row(at, n, scratch, refs, block, 0, None, first_class, target, logit, stats)
+                here, e = (
+                    _soft_with(soft, _at(_probs_of(soft), t_at), first_class),
+                    _if_given(stats, block),
+                )
+                _read_row(at, n, scratch, refs, e, 0, here, first_class, target, logit, stats)
         else:
             _read_group(
                 at, job, row, count, n, first_class, scratch, parts, refs, block, t_at, soft, stats
@@ -2937,21 +2922,21 @@ def _deliver_lanes(work, g, row_step, class_step, count, n):
 
 
 @njit(**_OPTIONS)
-def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target):
+def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats):
     """Return the statistics that are wanted of rows in the lanes of logits and exponentials."""
     lanes, unit = _lanes(x), _splat_double(x, _sum_unit(x))
     tops, ahead = _splat(x, 0.0), _splat(x, 0.0)
     spread, squares = _splat_double(x, 0.0), _splat_double(x, 0.0)
-    if job.argmax != 0:
+    if stats is not None and job.argmax != 0:
         for c in range(n - 1, -1, -1):
             tops = _top_lanes(tops, _vector_at(work, c * lanes), m, c)
-    if job.rank != 0:
+    if stats is not None and job.rank != 0:
         for c in range(n):
             ahead = _rank_lanes(ahead, _vector_at(work, c * lanes), target_logit, target, c)
-    if job.entropy != 0:
+    if stats is not None and job.entropy != 0:
         sums = _sum_spread(work, n * lanes, e, m)
         spread = _times(_plus(sums.total, sums.carry), unit)
-    if job.brier != 0:
+    if stats is not None and job.brier != 0:
         for r in range(count):
             own = _target(x, job, row + r)
             if 0 <= own < n:
@@ -2959,7 +2944,7 @@ def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target):
         sums = _sum_squares(work, n * lanes, e)
         squares = _times(_plus(sums.total, sums.carry), _splat_double(x, _square_unit(x)))
     m, target_logit = _nan_with(_as_doubles(m), rest), _as_doubles(target_logit)
-    return _Found(m, target_logit, _as_doubles(tops), _as_doubles(ahead), spread, squares)
+    return _found(stats, m, target_logit, _as_doubles(tops), _as_doubles(ahead), spread, squares)
 
 
 @njit(**_OPTIONS)
@@ -2985,39 +2970,21 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
             v = _vector_at(work, c * lanes)
             m = _larger_of(v, m)
             target_logit = _where_class(target_logit, target, c, v)
-        if soft is not None:
-            t = _at(soft.t, outer * job.p_outer + inner * job.p_inner)
-            _fetch_lanes_of_probs(t, job, count, n, second)
-            here = _soft_with(soft, second, 0)
-            if with_grad is None:
-                sums = _sum_shares(work, n * lanes, here, m, None)
-            else:
-                sums = _sum_shares(work, n * lanes, here, m, m)
-        ref = _finite_or_zero(m)
-        if with_grad is not None:
-            e = second if job.log != 0 else work
-            totals, carries, ties = _sum_terms(work, n * lanes, ref, m, e)
-        elif stats is not None:
-            totals, carries, ties = _sum_terms(work, n * lanes, ref, m, second)
-        else:
-            totals, carries, ties = _sum_terms(work, n * lanes, ref, m, None)
+        t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
+        _fetch_lanes_of_probs(t, job, count, n, second)
+        here = _soft_with(soft, second, 0)
+        sums = _sum_shares(work, n * lanes, here, m, m)
+        e = second if job.log != 0 or stats is not None else work
+        e = _if_either(with_grad, stats, e)
+        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, e)
         rest = _total_of(totals, carries, ties)
-        if stats is None:
-            found = None
-        else:
-            found = _found_lanes(x, job, row, count, n, work, second, m, rest, target_logit, target)
+        found = _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats)
         gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
-        if soft is None:
-            linear = mass = None
-        else:
-            total, below = (
-                _closed(sums.linear, sums.linear_carry),
-                _closed(sums.below, sums.below_carry),
-            )
-            w = _target_weights(x, job, row, count, soft, lanes, saved)
-            at_top = _closed(sums.at, sums.at_carry)
-            linear, mass, others = _mass_of(soft, gap, total, below, at_top, w)
-            n_counted = _where_probs(soft, _count_bad(kept, sums.least, mass), n_counted)
+        total, below = _closed(sums.linear, sums.linear_carry), _closed(sums.below, sums.below_carry)
+        w = _target_weights(x, job, row, count, soft, lanes, saved)
+        at_top = _closed(sums.at, sums.at_carry)
+        linear, mass, others = _mass_of(soft, gap, total, below, at_top, w)
+        n_counted = _by_targets(soft, _count_bad(kept, sums.least, mass), n_counted)
         _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved)
         if with_grad is not None:
             if job.log != 0:
@@ -3030,30 +2997,22 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
                 for c in range(n):
                     target_term = _where_class(target_term, target, c, _vector_at(work, c * lanes))
                 term = _term_of(x, target_term)
-                if soft is None:
-                    factor = _lane_factors(x, gap, rest, scale)
-                    own = _lane_targets(x, gap, term, rest, scale)
-                    for c in range(n):
-                        _narrow_gradient(work, c, kept, target, own, factor)
-                else:
-                    parts = _own_parts(x, soft, scale, gap, term, rest, mass, others, w)
-                    factor = _lane_factors(x, gap, rest, _times(scale, mass))
-                    ids = _class_id(soft, target)
-                    shares = _SoftFactor(factor, parts, here.t, here.w)
-                    for c in range(n):
-                        _narrow_gradient(work, c, kept, ids, parts.target, shares)
+                factor = _lane_factors(x, gap, rest, _times_mass(scale, mass))
+                own = _own_parts(x, soft, scale, gap, term, rest, mass, others, w)
+                how, ids = _how(factor, own, here), _class_id(soft, target)
+                own = _target_lanes(x, own, gap, term, rest, scale)
+                for c in range(n):
+                    _narrow_gradient(work, c, kept, ids, own, how)
                 if _any_at_least(scale, _MAX_SCALE):
                     _store(saved, 0, scale)
                     _store(saved, lanes, _as_doubles(m))
                     _store(saved, 2 * lanes, gap)
                     _store(saved, 3 * lanes, rest)
-                    if soft is None:
-                        _plain_lanes(x, job, at, row, count, n, saved, work, None)
-                    else:
+                    if soft is not None:
                         _store(saved, 4 * lanes, mass)
                         _store(saved, 5 * lanes, others)
                         _store(saved, 6 * lanes, w)
-                        _plain_lanes(x, job, at, row, count, n, saved, work, here)
+                    _plain_lanes(x, job, at, row, count, n, saved, work, here)
             g = _at(grad, outer * job.g_outer + inner * job.g_inner)
             _deliver_lanes(work, g, job.g_inner, job.g_class, count, n)
         counted += n_counted
@@ -3071,12 +3030,9 @@ def _plain_lanes(x_type, job, x, row, count, n, saved, work, soft):
         target = _target(x, job, row + r)
         if _is_large(scale) and 0 <= target < n and gap == gap:
             logits, out = _at(x, r * job.x_inner), _at(work, r)
-            if soft is None:
-                here = own = mass = None
-            else:
-                here = _soft_with(soft, _at(soft.t, r), 0)
-                mass, others, w = saved[4 * lanes + r], saved[5 * lanes + r], saved[6 * lanes + r]
-                own = _own_parts(x, soft, scale, gap, math.exp(-gap), rest, mass, others, w)
+            here, mass = _soft_with(soft, _at(_probs_of(soft), r), 0), saved[4 * lanes + r]
+            others, w = saved[5 * lanes + r], saved[6 * lanes + r]
+            own = _own_parts(x, soft, scale, gap, math.exp(-gap), rest, mass, others, w)
             _write_plain(logits, job.x_class, n, m, rest, scale, out, lanes, here, lanes, own, mass)
             written = _target_to_write(job, target, soft)
             _set_target(out, written * lanes, gap, 0.0, rest, scale, soft, own)
