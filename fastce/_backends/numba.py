@@ -495,10 +495,7 @@ class _Soft(NamedTuple):
 
 
 class _Shares(NamedTuple):
-    """To add to `_ShareSums`: the shares of classes relative to the maximum so far, m.
-
-    Without ``top`` no logit equals m, or nobody asks which ones do.
-    """
+    """To add to `_ShareSums`: the shares of classes, with the maximum so far, m."""
 
     soft: Any
     m: Any
@@ -506,17 +503,17 @@ class _Shares(NamedTuple):
 
 
 class _ShareSums(NamedTuple):
-    """Sums of share * (m - x) / 2, and of the shares of classes below m and at m; the least t.
+    """Sums of share * (m - x) / 2, of the shares, and of those of classes below ``top``; the least t.
 
     Half of m - x does not overflow.
     """
 
     linear: Any
     linear_carry: Any
+    mass: Any
+    mass_carry: Any
     below: Any
     below_carry: Any
-    at: Any
-    at_carry: Any
     least: Any
 
 
@@ -1009,7 +1006,7 @@ def _additions(count: int) -> Any:
     return add
 
 
-_add4, _add1 = map(_additions, (4, 1))
+_add8, _add4, _add1 = map(_additions, (8, 4, 1))
 
 
 @_emits(lambda x, i, left, what, sums: sums)
@@ -1039,9 +1036,8 @@ def _summed_shares(
 ) -> _ShareSums:
     soft, tiny, least = what.soft, 2.0 ** _MIN_EXPONENT[v.bits], sums.least
     t, w = (p and load(p) for p in (soft.t, soft.w))
-    for p in (soft.t, soft.w):
-        for line in range(v.lanes // x.lanes if p else 0):
-            p.prefetch(i + (_BLOCK + line * x.lanes))
+    for line in range(v.lanes // x.lanes if t else 0):
+        soft.t.prefetch(i + (_BLOCK + line * x.lanes))
     share = w or v.of(1.0)
     if t:
         for part in [t.shuffled(t, list(range(k, k + x.lanes))) for k in range(0, t.lanes, x.lanes)]:
@@ -1055,13 +1051,12 @@ def _summed_shares(
     gap = _fma(v, -0.5, (what.m * 0.5).repeated(v.lanes))
     gap = share.compare(">=", tiny, or_nan=True).select(gap, 0.0)
     linear = _added(sums.linear, sums.linear_carry, _dot(share, gap, x.lanes))
-    at = sums.at, sums.at_carry
+    mass = _added(sums.mass, sums.mass_carry, _folded([share], x.lanes))
+    below = sums.below, sums.below_carry
     if what.top:
-        is_top = v.compare(">=", what.top.repeated(v.lanes))
-        at = _added(*at, _folded([is_top.select(share, 0.0)], x.lanes))
-        share = is_top.select(share.of(0.0), share)
-    below = _added(sums.below, sums.below_carry, _folded([share], x.lanes))
-    return _ShareSums(*linear, *below, *at, least)
+        share = v.compare("<", what.top.repeated(v.lanes)).select(share, 0.0)
+        below = _added(*below, _folded([share], x.lanes))
+    return _ShareSums(*linear, *mass, *below, least)
 
 
 def _normal(t: _Value, least: Any) -> _Value:
@@ -1144,7 +1139,7 @@ def _soft_loss(x, gap, rest, linear, mass):
 
 
 @_emits(lambda soft, gap, *_: types.UniTuple(_unless(soft, gap), 3))
-def _mass_of(soft, gap, linear, below, at, w):
+def _mass_of(soft, gap, linear, mass, below, w):
     """The part of rows' losses that is linear in the logits, the sums of their shares, and of those
     of all classes but the maximum, if that has more than half of the probability; w: targets' weights.
     """
@@ -1154,7 +1149,7 @@ def _mass_of(soft, gap, linear, below, at, w):
     own = share.compare("==", 0.0).select(0.0, share * gap)  # 0 also where gap is infinite
     linear = soft.unit * linear * 2.0 + own
     others = soft.unit * below + gap.compare(">", 0.0).select(share, 0.0)
-    return linear, soft.unit * (below + at) + share, others
+    return linear, soft.unit * mass + share, others
 
 
 @_emits(_same)
@@ -1271,9 +1266,8 @@ def _written(v: _Value, how: Any, load: Any) -> _Value:
     if isinstance(how, _Factor):
         return _gradient(v, how)
     if isinstance(how, _Log):
-        d, error = _two_sum(how.m.of(how.m) if how.m.lanes == v.lanes else v.of(how.m), -v)
-        error = d.compare("<", math.inf).select(error, 0.0)
-        return 0.0 - (d + (error + how.log_total))
+        d, error = _two_sum(v, -v.of(how.m))
+        return d + (d.compare(">", -math.inf).select(error, 0.0) - how.log_total)
     own, t, w = how.own, *(p and load(p) for p in (how.t, how.w))
     share = v.of(own.beta)
     if t:
@@ -1408,19 +1402,34 @@ def _fence(pointer):
 
 
 def _counts(operator: str) -> Any:
-    @_emits(_vector)
-    def count(x, i, pivot, counts):
-        return x.load(i).compare(operator, pivot).select(counts + 1.0, counts)
+    """Make the steps that count logits in 64 lanes, in one vector, and in the last lanes of a row."""
 
-    @_emits(_vector)
-    def count_end(x, i, left, pivot, counts):
-        v = x.load_where(_first(x, left), i, math.nan)
-        return v.compare(operator, pivot).select(counts + 1.0, counts)
+    @_emits(types.int64)
+    def count_strip(x, i, pivot):
+        return _size_of(x.load(i, 64).compare(operator, pivot.repeated(64)))
 
-    return count, count_end
+    @_emits(types.int64)
+    def count_one(x, i, pivot):
+        return _size_of(x.load(i).compare(operator, pivot))
+
+    @_emits(types.int64)
+    def count_end(x, i, left, pivot):
+        return _size_of(x.load_where(_first(x, left), i, math.nan).compare(operator, pivot))
+
+    return count_strip, count_one, count_end
 
 
-(_count_ahead, _count_ahead_end), (_count_tied, _count_tied_end) = map(_counts, (">", ">="))
+_count_ahead, _count_one_ahead, _count_end_ahead = _counts(">")
+_count_tied, _count_one_tied, _count_end_tied = _counts(">=")
+
+
+def _lane_bits(mask: _Value) -> _Value:
+    bits = _Value(mask.builder, mask.builder.bitcast(mask.value, ir.IntType(mask.lanes)))
+    return bits.as_type("zext", ir.IntType(64))
+
+
+def _size_of(mask: _Value) -> _Value:
+    return _lane_bits(mask).call("ctpop")
 
 
 @_emits(types.int64)
@@ -1433,11 +1442,6 @@ def _equal_lanes(x, i, value):
 def _equal_lanes_end(x, i, left, value):
     mask = _first(x, left)
     return _lane_bits(mask & x.load_where(mask, i, 0.0).compare("==", value))
-
-
-def _lane_bits(mask: _Value) -> _Value:
-    bits = _Value(mask.builder, mask.builder.bitcast(mask.value, ir.IntType(mask.lanes)))
-    return bits.as_type("zext", ir.IntType(64))
 
 
 @_emits(types.int64)
@@ -1517,10 +1521,6 @@ def _no_targets(x, count):
     """Return the same where rows have no targets, and all are kept."""
     ids = ir.VectorType(ir.IntType(_bits_of(x)), x.lanes)
     return _first(x, count), _Value(x.builder, ids([-1] * x.lanes)), count - count
-
-
-def _size_of(mask: _Value) -> _Value:
-    return _lane_bits(mask).call("ctpop")
 
 
 @_emits(types.int64)
@@ -1649,7 +1649,7 @@ _NUMBERS = 4
 _M, _REF, _TOTAL, _CARRY, _TIES, _STATE = 0, 1, 2, 3, 4, 16
 # Then the sums of shares, as in `_ShareSums`; or the first class that is the maximum, how many are
 # ahead of the target, the sums of terms times (m - x) and of their squares.
-_LINEAR, _LINEAR_CARRY, _BELOW, _BELOW_CARRY, _AT, _AT_CARRY, _LEAST = range(5, 12)
+_LINEAR, _LINEAR_CARRY, _MASS, _MASS_CARRY, _BELOW, _BELOW_CARRY, _LEAST = range(5, 12)
 _TOP, _AHEAD, _SPREAD, _SPREAD_CARRY, _SQUARES, _SQUARES_CARRY = range(5, 11)
 # The start of a worker's scratch, in doubles: states of a group of rows; of each gap, gap_error, rest and
 # target's logit, and what soft targets come to, or `_Found`; room for their weights; then what the
@@ -1770,14 +1770,17 @@ def _sum_terms(x, n, ref, m, e):
 def _add_classes(x, n, what, sums):
     """Return sums with what n classes add to each lane; see `_summed`."""
     lanes = _lanes(x)
-    whole = n - n % lanes
-    strips = whole - whole % (4 * lanes)
-    if whole < n:
-        sums = _add_end(x, whole, n - whole, what, sums)
-    for i in range(strips, whole, lanes):
-        sums = _add1(x, i, what, sums)
-    for i in range(0, strips, 4 * lanes):
-        sums = _add4(x, i, what, sums)
+    end = n - n % lanes
+    if end < n:
+        sums = _add_end(x, end, n - end, what, sums)
+    while end % (4 * lanes) != 0:
+        end -= lanes
+        sums = _add1(x, end, what, sums)
+    if end & (4 * lanes):
+        end -= 4 * lanes
+        sums = _add4(x, end, what, sums)
+    for i in range(0, end, 8 * lanes):
+        sums = _add8(x, i, what, sums)
     return sums
 
 
@@ -1843,9 +1846,10 @@ def _raise_maximum(state, top, unit, soft, stats):
         former, former_carry = _scale_sum(state[_TIES] / unit, 0.0, m, ref)
         _add_to(state, _TOTAL, former, former_carry)
         if soft is not None:
-            mass = state[_BELOW] + state[_AT]
-            if mass > 0.0:
-                _add_to(state, _LINEAR, mass * (0.5 * top - 0.5 * m), 0.0)
+            if state[_MASS] > 0.0:
+                _add_to(
+                    state, _LINEAR, (state[_MASS] + state[_MASS_CARRY]) * (0.5 * top - 0.5 * m), 0.0
+                )
         if stats is not None:
             _add_to(state, _SPREAD, (state[_TOTAL] + state[_CARRY]) * (top - m), 0.0)
         if not top - ref <= _MAX_LEAD:
@@ -1859,8 +1863,7 @@ def _raise_maximum(state, top, unit, soft, stats):
     else:
         state[_REF] = top
     if soft is not None:
-        _add_to(state, _BELOW, state[_AT], state[_AT_CARRY])
-        state[_AT] = state[_AT_CARRY] = 0.0
+        state[_BELOW], state[_BELOW_CARRY] = state[_MASS], state[_MASS_CARRY]
     state[_M] = top
     state[_TIES] = 0.0
 
@@ -1877,11 +1880,14 @@ def _read_shares(x, n, state, top, soft):
     m = _splat(x, state[_M])
     if top < state[_M]:
         sums = _sum_shares(x, n, soft, m, None)
+        mass, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+        _add_to(state, _BELOW, mass, carry)
     else:
         sums = _sum_shares(x, n, soft, m, m)
-        _add_lanes(state, _AT, sums.at, sums.at_carry)
+        mass, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+        _add_lanes(state, _BELOW, sums.below, sums.below_carry)
+    _add_to(state, _MASS, mass, carry)
     _add_lanes(state, _LINEAR, sums.linear, sums.linear_carry)
-    _add_lanes(state, _BELOW, sums.below, sums.below_carry)
     state[_LEAST] = min(state[_LEAST], _least_lane(sums.least))
 
 
@@ -1939,18 +1945,19 @@ def _count(x, n, pivot, tied):
     """How many of n classes are larger than the pivot or, if ``tied``, equal to it."""
     lanes = _lanes(x)
     whole = n - n % lanes
-    counts, p = _splat(x, 0.0), _splat(x, pivot)
+    strips = whole - whole % 64
+    count, p = 0, _splat(x, pivot)
     if tied:
-        for i in range(0, whole, lanes):
-            counts = _count_tied(x, i, p, counts)
-        if whole < n:
-            counts = _count_tied_end(x, whole, n - whole, p, counts)
-    else:
-        for i in range(0, whole, lanes):
-            counts = _count_ahead(x, i, p, counts)
-        if whole < n:
-            counts = _count_ahead_end(x, whole, n - whole, p, counts)
-    return _count_lanes(counts)
+        for i in range(0, strips, 64):
+            count += _count_tied(x, i, p)
+        for i in range(strips, whole, lanes):
+            count += _count_one_tied(x, i, p)
+        return count + _count_end_tied(x, whole, n - whole, p)
+    for i in range(0, strips, 64):
+        count += _count_ahead(x, i, p)
+    for i in range(strips, whole, lanes):
+        count += _count_one_ahead(x, i, p)
+    return count + _count_end_ahead(x, whole, n - whole, p)
 
 
 @njit(**_OPTIONS)
@@ -1987,9 +1994,10 @@ def _finish_row(x, state, target, target_logit, parts, r, soft, stats):
     parts[_LOGIT_PART + r] = target_logit
     if soft is not None:
         linear = _closed(state[_LINEAR], state[_LINEAR_CARRY])
-        below, at = _closed(state[_BELOW], state[_BELOW_CARRY]), _closed(state[_AT], state[_AT_CARRY])
+        mass = _closed(state[_MASS], state[_MASS_CARRY])
+        below = _closed(state[_BELOW], state[_BELOW_CARRY])
         w = _weight_of(soft, target)
-        linear, mass, others = _mass_of(soft, gap, linear, below, at, w)
+        linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
         parts[_LINEAR_PART + r], parts[_MASS_PART + r] = linear, mass
         parts[_OTHERS_PART + r], parts[_WEIGHT_PART + r] = others, w
         parts[_BAD_PART + r] = 1.0 if state[_LEAST] < 0.0 or mass != mass else 0.0
@@ -2185,9 +2193,9 @@ _GROUP = 16
 # gradient and probabilities; maximum, target's logit and term; sum, carry and ties; shares, or statistics;
 # the weight of the target; its gradient's factor.
 _X_AT, _E_AT, _G_AT, _T_AT, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
-_LINEAR_OF, _BELOW_OF, _AT_OF, _LEAST_OF, _WEIGHT_OF, _MASS_OF, _OTHERS_OF = range(160, 272, _GROUP)
+_LINEAR_OF, _MASS_OF, _OTHERS_OF, _LEAST_OF, _WEIGHT_OF = range(160, 240, _GROUP)
 _TOP_OF, _AHEAD_OF, _SPREAD_OF, _SQUARES_OF = range(160, 224, _GROUP)
-_FACTOR = 272  # reals: hi, lo, down, least, and `_Own`, of which plain targets have the last
+_FACTOR = 240  # reals: hi, lo, down, least, and `_Own`, of which plain targets have the last
 _SLOTS = _FACTOR + 10 * _GROUP
 
 
@@ -2210,7 +2218,7 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                 ref = _splat(x, m if m > -np.inf else 0.0)
                 if soft is not None:
                     here = _soft_with(soft, _pointer_like(places[_T_AT + r], x), 0)
-                    _read_row_shares(at, n, m, r, slots, here)
+                    _read_row_shares(at, n, m, r, slots, here, with_grad)
                 e = _if_either(with_grad, stats, _reals_like(places[_E_AT + r], x))
                 totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
                 slots[_SUM + r], slots[_ERROR + r] = _sum_of_terms(totals, carries)
@@ -2220,15 +2228,16 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
 
 
 @njit(**_OPTIONS)
-def _read_row_shares(x, n, m, r, slots, soft):
+def _read_row_shares(x, n, m, r, slots, soft, with_grad):
     maximum = _splat(x, m)
-    sums = _sum_shares(x, n, soft, maximum, maximum)
-    total, carry = _sum_of_terms(sums.at, sums.at_carry)
-    slots[_AT_OF + r] = _closed(total, carry)
+    sums = _sum_shares(x, n, soft, maximum, _if_given(with_grad, maximum))
     total, carry = _sum_of_terms(sums.linear, sums.linear_carry)
     slots[_LINEAR_OF + r] = _closed(total, carry)
-    total, carry = _sum_of_terms(sums.below, sums.below_carry)
-    slots[_BELOW_OF + r] = _closed(total, carry)
+    total, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+    slots[_MASS_OF + r] = _closed(total, carry)
+    if with_grad is not None:
+        total, carry = _sum_of_terms(sums.below, sums.below_carry)
+        slots[_OTHERS_OF + r] = _closed(total, carry)
     slots[_LEAST_OF + r] = _least_lane(sums.least)
 
 
@@ -2260,9 +2269,10 @@ def _finish_rows(x, job, row, count, slots, soft, stats):
     spread, squares = _doubles_at(x, slots, _SPREAD_OF), _doubles_at(x, slots, _SQUARES_OF)
     found = _found(stats, _nan_with(m, rest), logit, tops, ahead, spread, squares)
     gap, error, rest = _parts_of_loss(x, m, logit, rest)
-    total, below = _doubles_at(x, slots, _LINEAR_OF), _doubles_at(x, slots, _BELOW_OF)
+    linear, mass = _doubles_at(x, slots, _LINEAR_OF), _doubles_at(x, slots, _MASS_OF)
     w = _target_weights(x, job, row, count, soft, 1, _at(slots, _WEIGHT_OF))
-    linear, mass, others = _mass_of(soft, gap, total, below, _doubles_at(x, slots, _AT_OF), w)
+    below = _doubles_at(x, slots, _OTHERS_OF)
+    linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
     counted = _by_targets(soft, _count_bad(kept, _doubles_at(x, slots, _LEAST_OF), mass), counted)
     if soft is not None:
         _store(slots, _MASS_OF, mass)
@@ -2789,12 +2799,13 @@ def _merge(state, other, unit, soft, stats):
         total, rounded = _two_sum_of(total, former)
         carry += rounded + error
     if soft is not None:
-        mass = other[_BELOW] + other[_AT]
-        if mass > 0.0:
+        if other[_MASS] > 0.0:
+            mass = other[_MASS] + other[_MASS_CARRY]
             _add_to(state, _LINEAR, mass * (0.5 * rise), 0.0)
         _add_to(state, _LINEAR, other[_LINEAR], other[_LINEAR_CARRY])
-        _add_to(state, _BELOW, other[_BELOW], other[_BELOW_CARRY])
-        _add_to(state, _AT if other[_M] == state[_M] else _BELOW, other[_AT], other[_AT_CARRY])
+        _add_to(state, _MASS, other[_MASS], other[_MASS_CARRY])
+        below = _BELOW if other[_M] == state[_M] else _MASS
+        _add_to(state, _BELOW, other[below], other[below + 1])
         state[_LEAST] = min(state[_LEAST], other[_LEAST])
     if stats is not None:
         state[_AHEAD] += other[_AHEAD]
@@ -2973,17 +2984,17 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
         t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
         _fetch_lanes_of_probs(t, job, count, n, second)
         here = _soft_with(soft, second, 0)
-        sums = _sum_shares(work, n * lanes, here, m, m)
+        sums = _sum_shares(work, n * lanes, here, m, _if_given(with_grad, m))
         e = second if job.log != 0 or stats is not None else work
         e = _if_either(with_grad, stats, e)
         totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, e)
         rest = _total_of(totals, carries, ties)
         found = _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats)
         gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
-        total, below = _closed(sums.linear, sums.linear_carry), _closed(sums.below, sums.below_carry)
         w = _target_weights(x, job, row, count, soft, lanes, saved)
-        at_top = _closed(sums.at, sums.at_carry)
-        linear, mass, others = _mass_of(soft, gap, total, below, at_top, w)
+        linear, mass = _closed(sums.linear, sums.linear_carry), _closed(sums.mass, sums.mass_carry)
+        below = _closed(sums.below, sums.below_carry)
+        linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
         n_counted = _by_targets(soft, _count_bad(kept, sums.least, mass), n_counted)
         _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved)
         if with_grad is not None:
