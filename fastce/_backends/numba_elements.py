@@ -27,6 +27,7 @@ from fastce._backends.numba import (
     _CARRY,
     _DTYPES,
     _FETCHED,
+    _HALVES,
     _JOB_WORDS,
     _LN2_HI,
     _LN2_LO,
@@ -51,6 +52,7 @@ from fastce._backends.numba import (
     _bits_of,
     _clear,
     _compiling,
+    _computed,
     _doubles,
     _emits,
     _fetch,
@@ -65,6 +67,7 @@ from fastce._backends.numba import (
     _larger_of,
     _log1p,
     _Memory,
+    _Pointer,
     _pointer_like,
     _read_block,
     _reals_like,
@@ -123,8 +126,10 @@ _EXCESS = {
     " -0x1.71de3a30c0c43p-19 0x1.a01a01a033a03p-16 -0x1.a01a01a04d749p-13 0x1.6c16c16c16629p-10"
     " -0x1.1111111110f09p-7 0x1.5555555555558p-5 -0x1.5555555555557p-3 0x1p-1",
 }
-# Exponentials of elements are multiples of 2^-_LIFT: so that a weight may still lift a tiny one.
+# Exponentials of elements are multiples of 2^-lift, so that a weight may still make a tiny one count: of
+# this, or with weights of elements, by bits of the dtype, of these.
 _LIFT = 32
+_LIFT_WEIGHTED = {32: 126, 64: 64}
 _SQRT_HALF = {32: 0x3F3504F3, 64: 0x3FE6A09E667F3BCD}
 _ONE = {32: 0x3F800000, 64: 0x3FF0000000000000}
 
@@ -140,10 +145,10 @@ def _polynomial(coefficients: str, x: _Value) -> _Value:
     return value
 
 
-def _decay(a: _Value, floor: _Value) -> _Value:
-    """exp(-a) * 2^_LIFT for a >= 0; 0 above ``floor``. A NaN stays one."""
+def _decay(a: _Value, lift: int, floor: Any) -> _Value:
+    """exp(-a) * 2^lift for a >= 0, and 0 above ``floor``; a NaN stays one."""
     bits = a.bits
-    magic_number = 1.5 * 2.0 ** _MANTISSA[bits] + _BIAS[bits] + _LIFT
+    magic_number = 1.5 * 2.0 ** _MANTISSA[bits] + _BIAS[bits] + lift
     magic = _fma(a, -float.fromhex(_LOG2E[bits]), a.of(magic_number))
     n = magic - magic_number
     y = _fma(n, -float.fromhex(_LN2_LO[bits]), _fma(n, -float.fromhex(_LN2_HI[bits]), -a))
@@ -152,10 +157,9 @@ def _decay(a: _Value, floor: _Value) -> _Value:
     return a.compare("<=", floor, or_nan=True).select(_fma(t, power, power), 0.0)
 
 
-def _scaled_back(e: _Value) -> _Value:
-    """What a decay is without its lift; but no smaller than 2^-62, which to 1 + e is the same."""
-    least = 2.0 ** (_LIFT - 62)
-    return e.compare(">", least).select(e, least) * 2.0**-_LIFT
+def _lowest(bits: int, lift: int) -> float:
+    """Return the largest a for which exp(-a) * 2^lift is a normal number."""
+    return (lift - 0.01 - _MIN_EXPONENT[bits]) * math.log(2.0)
 
 
 def _split(v: _Value) -> tuple[_Value, _Value]:
@@ -206,6 +210,55 @@ def _log(v: _Value, base: _Base) -> _Value:
     return _joined(k, x - 1.0, base)
 
 
+# ---- What a kernel is given ----
+
+
+def _job(integers: tuple[str, ...], reals: tuple[str, ...]) -> np.dtype[Any]:
+    return np.dtype([(name, np.int64) for name in integers] + [(name, np.float64) for name in reals])
+
+
+# Addresses, steps in elements, and numbers, one word each.
+_OF_ELEMENTS = _job(
+    (
+        *("x", "targets", "losses", "losses_step", "weight", "weight_step", "pos_weight", "pos_step"),
+        *("scale", "scale_step", "grad", "sums", "out", "n"),
+    ),
+    ("unit", "floor", "grad_unit", "grad_floor", "of_2", "low_of_2", "of_e"),
+)
+_OF_ROWS = _job(
+    (
+        *("x", "x_outer", "x_inner", "x_class", "y", "y_outer", "y_inner", "y_class"),
+        *("inner", "first_row", "n_rows", "n_classes", "item_rows", "out"),
+        *("scratch", "scratch_size", "rows", "kept"),
+    ),
+    ("of_2", "low_of_2", "of_e", "agree"),
+)
+
+
+def _field(job: _Value, of: np.dtype[Any], name: str) -> _Value:
+    """Load a number of a job; it does not change, so that LLVM may load it once before a loop."""
+    b = job.builder
+    kind = ir.DoubleType() if of[name] == np.float64 else ir.IntType(64)
+    index = (of.names or ()).index(name)
+    words = b.bitcast(job.value, kind.as_pointer())
+    load = b.load(b.gep(words, [ir.IntType(64)(index)]), align=8)
+    load.set_metadata("invariant.load", b.module.add_metadata([]))
+    return _Value(b, load)
+
+
+def _array(job: _Value, name: str, dtype: types.Type) -> _Pointer:
+    """Return an array of elements."""
+    b = job.builder
+    memory = (
+        ir.IntType(16)
+        if dtype in _HALVES
+        else ir.FloatType()
+        if dtype == types.float32
+        else ir.DoubleType()
+    )
+    return _Pointer(b, b.inttoptr(_field(job, _OF_ELEMENTS, name).value, memory.as_pointer()), dtype)
+
+
 # ---- Binary cross-entropy ----
 
 _SUMS = 8  # numbers noted of a row while it is read
@@ -249,17 +302,19 @@ def _shares(t: _Value, pos_weight: _Value | None) -> tuple[_Value, _Value]:
     return (t if pos_weight is None else t * pos_weight), 1.0 - t
 
 
-def _from_logits(x: _Value, floor: _Value) -> tuple[_Value, _Value, _Value, _Value]:
-    """|x|, log1p(exp(-|x|)) and exp(-|x|), multiples of 2^-_LIFT, and 1 / (1 + exp(-|x|))."""
+def _from_logits(x: _Value, lift: int, floor: Any) -> tuple[_Value, ...]:
+    """Return |x|; log1p(e) and e = exp(-|x|), times 2^lift, or 0 for |x| > floor; and 1 + e."""
     size = x.call("fabs")
-    e = _decay(size, floor)
-    plain = _scaled_back(e)
-    return size, e * _polynomial(_LOG1P_OF_DECAY[x.bits], plain), e, plain
+    e = _decay(size, lift, floor)
+    # what makes no difference to 1 + e is replaced by what is no subnormal number
+    least = 2.0 ** (lift - 62)
+    plain = e.compare(">", least).select(e, least) * 2.0**-lift
+    return size, e * _polynomial(_LOG1P_OF_DECAY[x.bits], plain), e, plain + 1.0
 
 
 def _times(share: _Value, loss: _Value) -> _Value:
-    """Their product, 0 for a share of 0 even if the loss is infinite."""
-    return share.compare("!=", 0.0, or_nan=True).select(share * loss, 0.0)
+    """Return the product; 0 for a share of 0 even if the loss is infinite."""
+    return _or_zero(share.compare("!=", 0.0, or_nan=True), share * loss)
 
 
 def _binary_plain(
@@ -268,51 +323,54 @@ def _binary_plain(
     """Losses and gradients without weights; units are such that no product leaves the normal numbers."""
     bits = x.bits
     a, b = _shares(t, None)
-    size, loss, e, plain = _from_logits(x, floor.rounded(bits))
+    floor = floor.rounded(bits)
+    size, loss, e, total = _from_logits(x, _LIFT, floor if slope_unit is None else _lowest(bits, _LIFT))
     positive = x.compare(">", 0.0)
+    gap = _times(positive.select(b, a) * unit.rounded(bits), size)
     low = (unit * 2.0**-_LIFT).rounded(bits)
-    loss = _fma(loss, low, _times(positive.select(b, a) * unit.rounded(bits), size))
     if slope_unit is None:
-        return loss, None
-    e = size.compare("<=", slope_floor.rounded(bits), or_nan=True).select(e, 0.0)
+        return _fma(loss, low, gap), None
+    loss = _fma(_or_zero(size.compare("<=", floor, or_nan=True), loss), low, gap)
+    e = _or_zero(size.compare("<=", slope_floor.rounded(bits), or_nan=True), e)
     near, far = positive.select(b, -a), positive.select(-a, b)
     low = (slope_unit * 2.0**-_LIFT).rounded(bits)
-    slope = _fma(far * low, e, near * slope_unit.rounded(bits)) / (plain + 1.0)
-    return loss, slope
+    return loss, _fma(far * low, e, near * slope_unit.rounded(bits)) / total
 
 
 def _binary_weighted(
-    x: _Value, t: _Value, pos_weight: _Value, floor: _Value, with_grad: bool
+    x: _Value, t: _Value, pos_weight: _Value, with_grad: bool
 ) -> tuple[_Value, _Value | None]:
-    """Losses and gradients as doubles, before weights but for that of the class 1."""
+    """Losses and gradients as doubles, without weights but that of the class 1."""
+    lift = _LIFT_WEIGHTED[x.bits]
     a, b = _shares(t.double(), pos_weight.double())
-    size, loss, e, plain = _from_logits(x, floor.rounded(x.bits))
+    size, loss, e, total = _from_logits(x, lift, _lowest(x.bits, lift))
     positive = x.compare(">", 0.0)
-    loss = _fma((a + b) * 2.0**-_LIFT, loss.double(), _times(positive.select(b, a), size.double()))
+    gap = _times(positive.select(b, a), size.double())
+    loss = _fma((a + b) * 2.0**-lift, loss.double(), gap)
     if not with_grad:
         return loss, None
     near, far = positive.select(b, -a), positive.select(-a, b)
-    likely = (plain.of(1.0) / (plain + 1.0)).double()
-    return loss, _fma(far * 2.0**-_LIFT, e.double(), near) * likely
+    return loss, _fma(far * 2.0**-lift, e.double(), near) * (1.0 / total).double()
 
 
 def _binary_of_probs(
     p: _Value, t: _Value, pos_weight: _Value, with_grad: bool
 ) -> tuple[_Value, _Value | None]:
-    """The same of probabilities."""
+    """Do the same for probabilities."""
     a, b = _shares(t.double(), pos_weight.double())
     base = _base_e(p.bits)
     k, rest = _split(1.0 - p)
     # 1 - p is rounded where p < 1/2; this is not
     f = k.compare("==", 0.0).select(-p, rest - 1.0)
     f = k.compare("==", -1.0).select(1.0 - (p + p), f)
-    minus_log = -_ends(p, _log(p, base))
-    minus_log_rest = -_ends(1.0 - p, _joined(k, f, base))
-    loss = _times(a, minus_log.double()) + _times(b, minus_log_rest.double())
+    ahead, behind = -_ends(p, _log(p, base)), -_ends(1.0 - p, _joined(k, f, base))
+    loss = _times(a, ahead.double()) + _times(b, behind.double())
+    p = p.double()
+    loss = p.compare("ord", p).select(loss, p)
     if not with_grad:
         return loss, None
-    p = p.double()
-    return loss, _times(b, 1.0 / (1.0 - p)) - _times(a, 1.0 / p)
+    slope = _or_zero(b.compare("!=", 0.0), b / (1.0 - p)) - _or_zero(a.compare("!=", 0.0), a / p)
+    return loss, p.compare("ord", p).select(slope, p)
 
 
 def _ends(v: _Value, log: _Value) -> _Value:
@@ -323,62 +381,45 @@ def _ends(v: _Value, log: _Value) -> _Value:
 
 
 @_emits(_several(_doubles, _doubles, types.int64))
-def _add_binary(
-    x,
-    targets,
-    losses,
-    losses_step,
-    weight,
-    weight_step,
-    pos_weight,
-    pos_step,
-    unit,
-    floor,
-    scale,
-    scale_step,
-    grad_unit,
-    grad_floor,
-    grad,
-    from_logits,
-    weighted,
-    with_grad,
-    i,
-    left,
-    total,
-    carry,
-    bad,
-):
+def _add_binary(x, losses, job, i, left, from_logits, weighted, with_grad, total, carry, bad):
     """Write losses and gradients of a strip, or of the ``left`` elements after the last strip.
 
     Add the losses to a sum, and count bad elements.
     """
     bits, together = _bits_of(x), _TOGETHER if left is None else 1
     mask = None if left is None else _first(x, left)
+    number = functools.partial(_field, job, _OF_ELEMENTS)
+    array = functools.partial(_array, job)
+    unit, floor, grad_unit = number("unit"), number("floor"), number("grad_unit")
+    real = _computed(x.dtype)
     summands = []
     for k in range(0, _STRIP if left is None else 1, together):
         some = _Some(i + k * x.lanes, together * x.lanes, mask)
-        v, t = some.load(x), some.load(targets)
+        v, t = some.load(x), some.load(array("targets", x.dtype))
         wrong = t.compare("<", 0.0, or_nan=True) | t.compare(">", 1.0)
         if weighted is None:
-            loss, slope = _binary_plain(v, t, unit, floor, with_grad and grad_unit, grad_floor)
+            loss, slope = _binary_plain(
+                v, t, unit, floor, with_grad and grad_unit, number("grad_floor")
+            )
         else:
-            w, p = some.load(weight, weight_step), some.load(pos_weight, pos_step)
+            w = some.load(array("weight", real), number("weight_step"))
+            p = some.load(array("pos_weight", real), number("pos_step"))
             if from_logits is None:
                 wrong = wrong | v.compare("<", 0.0) | v.compare(">", 1.0)
                 loss, slope = _binary_of_probs(v, t, p, with_grad is not None)
             else:
-                loss, slope = _binary_weighted(v, t, p, floor, with_grad is not None)
+                loss, slope = _binary_weighted(v, t, p, with_grad is not None)
             counts = w.compare("!=", 0.0, or_nan=True)
             wrong = wrong & counts
             loss = _or_zero(counts, loss * (w.double() * unit))
             if slope is not None:
-                s = some.load(scale, scale_step)
+                s = some.load(array("scale", real), number("scale_step"))
                 counts = counts & s.compare("!=", 0.0, or_nan=True)
                 slope = _or_zero(counts, slope * (s.double() * grad_unit))
         loss = loss.rounded(bits)
-        some.store(losses, loss, losses_step)
+        some.store(losses, loss, number("losses_step"))
         if slope is not None:
-            some.store(grad, slope)
+            some.store(array("grad", x.dtype), slope)
         summands.append(loss.double() if mask is None else _or_zero(mask, loss.double()))
         bad = bad + some.count(wrong)
     return *_added(total, carry, summands, bits), bad
@@ -407,29 +448,21 @@ def _added(total: _Value, carry: _Value, summands: list[_Value], bits: int) -> t
 @njit(**_OPTIONS)
 def _binary_tile(x_type, job, item, worker, from_logits, weighted, with_grad):
     first = item * BINARY_TILE
-    n = min(BINARY_TILE, job.n - first)
-    x, targets = _pointer_like(job.x, x_type), _pointer_like(job.targets, x_type)
-    grad = _pointer_like(job.grad, x_type)
-    losses, scale = _reals_like(job.losses, x_type), _reals_like(job.scale, x_type)
-    weight, pos_weight = _reals_like(job.weight, x_type), _reals_like(job.pos_weight, x_type)
+    end = min(first + BINARY_TILE, job.n)
+    x, losses = _pointer_like(job.x, x_type), _reals_like(job.losses, x_type)
     if job.losses_step == 0:
-        losses = _reals_like(job.losses + 512 * worker, x_type)
+        losses = _reals_like(job.losses + 8 * _SINK_WORDS * worker, x_type)
     lanes = _lanes(x)
     total, carry, bad = _splat_double(x, 0.0), _splat_double(x, 0.0), 0
-    end = first + n
-    strips = end - n % (_STRIP * lanes)
+    strips = end - (end - first) % (_STRIP * lanes)
     for i in range(first, strips, _STRIP * lanes):
         total, carry, bad = _add_binary(
-            x, targets, losses, job.losses_step, weight, job.weight_step, pos_weight, job.pos_step,
-            job.unit, job.floor, scale, job.scale_step, job.grad_unit, job.grad_floor, grad,
-            from_logits, weighted, with_grad, i, None, total, carry, bad,
-        )  # fmt: skip
+            x, losses, job, i, None, from_logits, weighted, with_grad, total, carry, bad
+        )
     for i in range(strips, end, lanes):
         total, carry, bad = _add_binary(
-            x, targets, losses, job.losses_step, weight, job.weight_step, pos_weight, job.pos_step,
-            job.unit, job.floor, scale, job.scale_step, job.grad_unit, job.grad_floor, grad,
-            from_logits, weighted, with_grad, i, end - i, total, carry, bad,
-        )  # fmt: skip
+            x, losses, job, i, end - i, from_logits, weighted, with_grad, total, carry, bad
+        )
     s, c = _sum_lanes(total, carry)
     s, c = _two_sum_of(s, c if abs(s) < np.inf else 0.0)
     sums = _float64s(job.sums, x_type)
@@ -441,16 +474,16 @@ def _binary_tile(x_type, job, item, worker, from_logits, weighted, with_grad):
 # ---- Information, and measures of rows ----
 
 
-def _base_of(of_2: _Value, low_of_2: _Value, of_e: _Value, bits: int) -> _Base:
-    return _Base(*(part.rounded(bits) for part in (of_2, low_of_2, of_e)))
+def _base_of(job: _Value, of: np.dtype[Any], bits: int) -> _Base:
+    return _Base(*(_field(job, of, name).rounded(bits) for name in ("of_2", "low_of_2", "of_e")))
 
 
 @_emits(types.int64)
-def _write_information(p, out, of_2, low_of_2, of_e, i, left):
+def _write_information(p, out, job, i, left):
     """Write -log p of a vector, or of the ``left`` elements after the last one; count bad elements."""
     some = _Some(i, p.lanes, None if left is None else _first(p, left))
     v = some.load(p)
-    log = _ends(v, _log(v, _base_of(of_2, low_of_2, of_e, _bits_of(p))))
+    log = _ends(v, _log(v, _base_of(job, _OF_ELEMENTS, _bits_of(p))))
     some.store(out, 0.0 - log)  # not -0
     return some.count(v.compare("<", 0.0, or_nan=True))
 
@@ -463,9 +496,9 @@ def _information_tile(x_type, job, item):
     bad, lanes = 0, _lanes(p)
     whole = end - (end - first) % lanes
     for i in range(first, whole, lanes):
-        bad += _write_information(p, out, job.of_2, job.low_of_2, job.of_e, i, None)
+        bad += _write_information(p, out, job, i, None)
     if whole < end:
-        bad += _write_information(p, out, job.of_2, job.low_of_2, job.of_e, whole, end - whole)
+        bad += _write_information(p, out, job, whole, end - whole)
     return bad
 
 
@@ -506,15 +539,13 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
 
 
 @_emits(_several(*[_doubles] * 6))
-def _add_classes(
-    p, q, kl, i, left, of_2, low_of_2, of_e, total, carry, p_total, p_carry, q_total, q_carry
-):
+def _add_classes(p, q, kl, job, i, left, total, carry, p_total, p_carry, q_total, q_carry):
     """Add a vector of classes to the sums of a measure, and for the divergence of p and of q.
 
     Without q it is the entropy, without ``kl`` the cross-entropy. Invalid numbers make the sum NaN.
     """
     some = _Some(i, p.lanes, None if left is None else _first(p, left))
-    base = _base_of(of_2, low_of_2, of_e, _bits_of(p))
+    base = _base_of(job, _OF_ROWS, _bits_of(p))
     a = some.load(p)
     valid = a.compare(">=", 0.0)
     if q is None:
@@ -535,12 +566,13 @@ def _add_classes(
 
 
 @_emits(_same)
-def _measure_of(total, carry, p_total, p_carry, q_total, q_carry, kl, of_e, agree):
+def _measure_of(total, carry, p_total, p_carry, q_total, q_carry, kl, job):
     total = total + _where_finite(total, carry)
     if kl is None:
         return total
     p, q = p_total + p_carry, q_total + q_carry
     excess = (p_total - q_total) + (p_carry - q_carry)
+    agree, of_e = _field(job, _OF_ROWS, "agree"), _field(job, _OF_ROWS, "of_e")
     same = excess.call("fabs").compare("<=", p.compare(">", q).select(p, q) * agree)
     return (total + same.select(0.0, excess)) * of_e
 
@@ -578,12 +610,10 @@ def _sum_classes(p, q, kl, n, job, sums):
     t, c, p_t, p_c, q_t, q_c = zero, zero, zero, zero, zero, zero
     whole = n - n % lanes
     for i in range(0, whole, lanes):
-        t, c, p_t, p_c, q_t, q_c = _add_classes(
-            p, q, kl, i, None, job.of_2, job.low_of_2, job.of_e, t, c, p_t, p_c, q_t, q_c
-        )
+        t, c, p_t, p_c, q_t, q_c = _add_classes(p, q, kl, job, i, None, t, c, p_t, p_c, q_t, q_c)
     if whole < n:
         t, c, p_t, p_c, q_t, q_c = _add_classes(
-            p, q, kl, whole, n - whole, job.of_2, job.low_of_2, job.of_e, t, c, p_t, p_c, q_t, q_c
+            p, q, kl, job, whole, n - whole, t, c, p_t, p_c, q_t, q_c
         )
     _add_lanes(sums, 0, t, c)
     if kl is not None:
@@ -630,7 +660,7 @@ def _measure_rows(x_type, job, item, worker, with_q, kl):
                     _sum_classes(_at(a, at), _at(b, at), kl, size, job, _at(sums, r * _SUMS))
         for r in range(count):
             s = _at(sums, r * _SUMS)
-            value = _measure_of(s[0], s[1], s[2], s[3], s[4], s[5], kl, job.of_e, job.agree)
+            value = _measure_of(s[0], s[1], s[2], s[3], s[4], s[5], kl, job)
             _set(out, row + r, value)
             if value != value:
                 a, b = _at(p, r * job.x_inner), _at(q, r * job.y_inner)
@@ -647,7 +677,7 @@ def _narrow_measure_rows(x_type, job, item, worker, with_q, kl):
     n, row, bad, lanes = job.n_classes, first, 0, _lanes(x_type)
     out = _reals_like(job.out, x_type)
     p_work = _reals_like(job.scratch + 8 * worker * job.scratch_size, x_type)
-    q_work = _at(p_work, n * lanes)
+    q_work = _at(p_work, _NARROW * lanes)
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         count = min(lanes, last - row, job.inner - inner)
@@ -659,17 +689,15 @@ def _narrow_measure_rows(x_type, job, item, worker, with_q, kl):
         if with_q is None:
             for i in range(0, n * lanes, lanes):
                 t, c, p_t, p_c, q_t, q_c = _add_classes(
-                    p_work, None, None, i, None, job.of_2, job.low_of_2, job.of_e,
-                    t, c, p_t, p_c, q_t, q_c,
+                    p_work, None, None, job, i, None, t, c, p_t, p_c, q_t, q_c,
                 )  # fmt: skip
         else:
             _fetch_lanes(q, job.y_inner, job.y_class, count, n, q_work)
             for i in range(0, n * lanes, lanes):
                 t, c, p_t, p_c, q_t, q_c = _add_classes(
-                    p_work, q_work, kl, i, None, job.of_2, job.low_of_2, job.of_e,
-                    t, c, p_t, p_c, q_t, q_c,
+                    p_work, q_work, kl, job, i, None, t, c, p_t, p_c, q_t, q_c,
                 )  # fmt: skip
-        value = _measure_of(t, c, p_t, p_c, q_t, q_c, kl, job.of_e, job.agree)
+        value = _measure_of(t, c, p_t, p_c, q_t, q_c, kl, job)
         _store_where(out, _first_lanes(p, count), row, value)
         if _count_nans(value, count) != 0:
             for r in range(count):
@@ -851,7 +879,8 @@ def _narrow_divergence_rows(x_type, job, item, worker):
     n, row, lanes = job.n_classes, first, _lanes(x_type)
     out = _reals_like(job.out, x_type)
     p = _reals_like(job.scratch + 8 * worker * job.scratch_size, x_type)
-    q, e, f = _at(p, n * lanes), _at(p, 2 * n * lanes), _at(p, 3 * n * lanes)
+    size = _NARROW * lanes
+    q, e, f = _at(p, size), _at(p, 2 * size), _at(p, 3 * size)
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         count = min(lanes, last - row, job.inner - inner)
@@ -942,28 +971,6 @@ _MEASURES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _job(integers: tuple[str, ...], reals: tuple[str, ...]) -> np.dtype[Any]:
-    return np.dtype([(name, np.int64) for name in integers] + [(name, np.float64) for name in reals])
-
-
-# What a kernel is given: addresses, steps in elements, and numbers, one word each.
-_OF_ELEMENTS = _job(
-    (
-        *("x", "targets", "losses", "losses_step", "weight", "weight_step", "pos_weight", "pos_step"),
-        *("scale", "scale_step", "grad", "sums", "out", "n"),
-    ),
-    ("unit", "floor", "grad_unit", "grad_floor", "of_2", "low_of_2", "of_e"),
-)
-_OF_ROWS = _job(
-    (
-        *("x", "x_outer", "x_inner", "x_class", "y", "y_outer", "y_inner", "y_class"),
-        *("inner", "first_row", "n_rows", "n_classes", "item_rows", "out"),
-        *("scratch", "scratch_size", "rows", "kept"),
-    ),
-    ("of_2", "low_of_2", "of_e", "agree"),
-)
-
-
 @functools.cache
 def _address_of(kernel: Callable[..., Any], job: np.dtype[Any], dtype: np.dtype[Any]) -> int:
     """Compile a kernel for a dtype, or load it from the disk, and return its address."""
@@ -1035,15 +1042,9 @@ def binary(
         for array, other in (losses, sink), (weight, ones), (pos_weight, ones), (scale, ones):
             optional += (other, 0) if array is None else (_address(array), 1)
         integers = (_address(x), _address(targets), *optional, _address_or_0(grad), _address(sums))
-        reals = (
-            unit,
-            _floor(unit, bits, plain),
-            grad_unit,
-            _floor(grad_unit, bits, plain),
-            0.0,
-            0.0,
-            0.0,
-        )
+        floor = _floor(unit, bits) if plain else 0.0
+        grad_floor = _floor(grad_unit, bits) if plain and grad is not None else 0.0
+        reals = (unit, floor, grad_unit, grad_floor, 0.0, 0.0, 0.0)
         function = _address_of(kernel, _OF_ELEMENTS, x.dtype)
         return _run(function, memory, ((*integers, 0, len(x)), reals), n_items, workers)
 
@@ -1053,10 +1054,10 @@ def _is_moderate(unit: float) -> bool:
     return 2.0**-60 < abs(unit) < 2.0**30
 
 
-def _floor(unit: float, bits: int, plain: bool) -> float:
-    """Return the largest a for which exp(-a) * unit * 2^_LIFT, and where it counts exp(-a) * unit, is normal."""
-    lift = min(_LIFT - 0.01, math.log2(abs(unit))) if plain and unit else _LIFT - 0.01
-    return (lift - _MIN_EXPONENT[bits]) * math.log(2.0)
+def _floor(unit: float, bits: int) -> float:
+    """Return the largest a for which exp(-a) * unit and exp(-a) * 2^_LIFT are normal numbers."""
+    smallest = math.log(abs(unit)) - _MIN_EXPONENT[bits] * math.log(2.0)
+    return min(_lowest(bits, _LIFT), smallest + 1e-5)  # which float32 may round down
 
 
 def information(p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int) -> int:
@@ -1135,7 +1136,7 @@ def _run_rows(
     rows = 1 if direct else 512 // x.itemsize
     kept = n if direct and wide is _divergence and n <= _KEPT else 0
     if n <= _NARROW:
-        kernel, size = narrow, 4 * n * 64
+        kernel, size = narrow, 4 * _NARROW * 64
     else:
         kernel = wide
         blocks = 0 if direct else 2 * rows * _PITCH * x.itemsize
