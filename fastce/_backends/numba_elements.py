@@ -261,7 +261,8 @@ def _array(job: _Value, name: str, dtype: types.Type) -> _Pointer:
 
 # ---- Binary cross-entropy ----
 
-_SUMS = 8  # numbers noted of a row while it is read
+# Noted of a row while it is read: three sums, each with its carry; or two, and how p and q differ.
+_SUMS, _P_REST, _Q_REST, _HIGH, _LOW = 8, 4, 5, 6, 7
 _KEPT = 2**17  # rows of so many classes keep their exponentials
 _STRIP = 4  # vectors whose losses are added up before they are added to a sum
 _TOGETHER = 1  # of which so many are worked on as one value
@@ -763,10 +764,10 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_car
 
 
 @njit(**_OPTIONS)
-def _sum_excess(x, y, e, f, n, high, low, sums, p_m, p_ref, q_m, q_ref):
+def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
     """Add n classes of a row; their exponentials are relative to p_ref and q_ref."""
     lanes = _lanes(x)
-    high, low = _splat_double(x, high), _splat_double(x, low)
+    high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
     zero = _splat_double(x, 0.0)
     p_t, p_c, q_t, q_c = zero, zero, zero, zero
     whole = n - n % lanes
@@ -835,8 +836,8 @@ def _divergence_rows(x_type, job, item, worker):
                 _at(q_states, r * _STATE),
             )
             s[0] = s[1] = s[2] = s[3] = 0.0
-            s[4], s[5] = _rest_of(x, p_state), _rest_of(x, q_state)
-            s[6], s[7] = _shift(x, p_state[_M], s[4], q_state[_M], s[5])
+            s[_P_REST], s[_Q_REST] = _rest_of(x, p_state), _rest_of(x, q_state)
+            s[_HIGH], s[_LOW] = _shift(x, p_state[_M], s[_P_REST], q_state[_M], s[_Q_REST])
         for b in range(n_blocks):
             start = b * _BLOCK
             size = min(_BLOCK, n - start)
@@ -855,7 +856,7 @@ def _divergence_rows(x_type, job, item, worker):
                 )
         for r in range(count):
             s, p_m, q_m = _at(sums, r * _SUMS), p_states[r * _STATE + _M], q_states[r * _STATE + _M]
-            _set(out, row + r, _divergence_of(x, p_m, s[4], q_m, s[5], s[0], s[1], s[2], s[3]))
+            _set(out, row + r, _divergence_of(x, p_m, s[_P_REST], q_m, s[_Q_REST], s[0], s[1], s[2], s[3]))
         row += count
     return 0
 
