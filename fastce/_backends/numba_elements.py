@@ -262,7 +262,7 @@ def _array(job: _Value, name: str, dtype: types.Type) -> _Pointer:
 # ---- Binary cross-entropy ----
 
 # Noted of a row while it is read: three sums, each with its carry; or two, and how p and q differ.
-_SUMS, _P_REST, _Q_REST, _HIGH, _LOW = 8, 4, 5, 6, 7
+_SUMS, _P_REST, _Q_REST, _HIGH, _LOW, _VALUE = 9, 4, 5, 6, 7, 8
 _KEPT = 2**17  # rows of so many classes keep their exponentials
 _STRIP = 4  # vectors whose losses are added up before they are added to a sum
 _TOGETHER = 1  # of which so many are worked on as one value
@@ -713,14 +713,62 @@ def _narrow_measure_rows(x_type, job, item, worker, with_q, kl):
 
 @_emits(lambda x, m, *_: types.Tuple([m] * 2))
 def _shift(x, p_m, p_rest, q_m, q_rest):
-    """Return log sum exp of p minus that of q, rounded and the rest, as doubles.
-
-    An error of it would cancel in the divergence, but for its square.
-    """
+    """Return log sum exp of p minus that of q, rounded and the rest, as doubles."""
     gap, error = _two_sum(p_m, -q_m)
-    high, more = _two_sum(gap, _log1p(p_rest, 64) - _log1p(q_rest, 64))
+    larger = p_rest.compare(">", q_rest)
+    top, least = larger.select(p_rest, q_rest), larger.select(q_rest, p_rest)
+    log = _log1p((top - least) / (least + 1.0), 64)  # nearer than the difference of two logarithms
+    high, more = _two_sum(gap, larger.select(log, -log))
     rounded = high.rounded(_bits_of(x)).double()
     return rounded, (high - rounded) + (error + more)
+
+
+@_emits(lambda x, high, *_: types.Tuple([high] * 2))
+def _recentred(x, high, low, value, total, carry, p_rest):
+    """Correct the shift of a row whose divergence is small.
+
+    An error of the shift cancels in the divergence but for its square, and that counts where the d
+    themselves are hardly larger. Then it is seen: the mean of d under p must be the divergence.
+    """
+    mean = (total + carry) * (_unit_of_p(_bits_of(x)) / (p_rest + 1.0))
+    more = low + _or_zero(_is_small(value, _bits_of(x)), mean - value)
+    sum_ = (high + more).rounded(_bits_of(x)).double()
+    return sum_, (high - sum_) + more
+
+
+def _is_small(value: _Value, bits: int) -> _Value:
+    return value.compare(">", 0.0) & value.compare("<", 2.0 ** (6 - _MANTISSA[bits]))
+
+
+@_emits(types.boolean)
+def _needs_recentring(x, value):
+    small = _is_small(value, _bits_of(x))
+    if not value.lanes:
+        return small
+    bits = _Value(x.builder, x.builder.bitcast(small.value, ir.IntType(value.lanes)))
+    return bits.compare("!=", 0)
+
+
+def _unit_of_p(bits: int) -> float:
+    """Of sums of what `_weights` makes of exponentials."""
+    return 2.0 ** -_SUM_SHIFT[32] if bits == 32 else 1.0
+
+
+def _weights(p: _Value) -> _Value:
+    """Scale exponentials of float64 so that no product overflows; what would be subnormal becomes 0."""
+    if p.bits == 32:
+        return p
+    least = 2.0 ** (_SUM_SHIFT[64] + _MIN_EXPONENT[64])
+    return _or_zero(p.compare(">=", least), p) * 2.0 ** -_SUM_SHIFT[64]
+
+
+def _log_ratio(x: _Value, y: _Value, high: _Value, low: _Value) -> _Value:
+    """Return d = log p - log q of classes: x - y - (high + low), in which most digits may cancel."""
+    s = x - y
+    y1 = x - s
+    error = (x - (s + y1)) - (y - y1)
+    error = _or_zero(s.call("fabs").compare("<", math.inf), error)
+    return (s - high.rounded(x.bits)) + (error - low.rounded(x.bits))
 
 
 @_emits(_several(*[_doubles] * 4))
@@ -729,31 +777,32 @@ def _add_excess(x, y, e, f, i, left, high, low, p_total, p_carry, q_total, q_car
 
     The term of a class is p (exp(-d) - 1 + d), for d outside [-2, 1] as q + p (d - 1).
     """
-    bits = _bits_of(x)
     some = _Some(i, x.lanes, None if left is None else _first(x, left))
-    a, b, p, q = some.load(x), some.load(y), some.load(e), some.load(f)
-    s = a - b
-    b1 = s - a
-    error = (a - (s - b1)) - (b + b1)
-    error = s.call("fabs").compare("<", math.inf).select(error, 0.0)
-    d = (s - high.rounded(bits)) + (error - low.rounded(bits))
+    p, q = _weights(some.load(e)), some.load(f)
+    d = _log_ratio(some.load(x), some.load(y), high, low)
     near = d.compare(">", -2.0) & d.compare("<", 1.0)
-    factor = near.select(d * d * _polynomial(_EXCESS[bits], d), d - 1.0)
-    if bits == 64:  # so that no product overflows; what would be subnormal counts as 0
-        least = 2.0 ** (_SUM_SHIFT[64] + _MIN_EXPONENT[64])
-        p = _or_zero(p.compare(">=", least), p) * 2.0 ** -_SUM_SHIFT[64]
-    counts = p.compare(">", 0.0)  # elsewhere d may be NaN, and the term is q
-    p_total, p_carry = _add_term(p_total, p_carry, p, _or_zero(counts, factor))
+    factor = near.select(d * d * _polynomial(_EXCESS[d.bits], d), d - 1.0)
+    # where p is 0, d may be NaN, and the term is q
+    factor = _or_zero(p.compare(">", 0.0), factor)
+    p_total, p_carry = _add_term(p_total, p_carry, p, factor)
     q_total, q_carry = _add_term(q_total, q_carry, near.select(0.0, q))
     return p_total, p_carry, q_total, q_carry
 
 
+@_emits(_several(_doubles, _doubles))
+def _add_ratios(x, y, e, i, left, high, low, total, carry):
+    """Add p d to a sum."""
+    some = _Some(i, x.lanes, None if left is None else _first(x, left))
+    p, d = _weights(some.load(e)), _log_ratio(some.load(x), some.load(y), high, low)
+    return _add_term(total, carry, p, _or_zero(p.compare(">", 0.0), d))
+
+
 @_emits(lambda x, p_m, p_rest, *_: p_rest)
 def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_carry):
-    unit = 2.0 ** -_SUM_SHIFT[_bits_of(x)]
-    p = (p_total + _where_finite(p_total, p_carry)) / (p_rest + 1.0)
-    q = (q_total + q_carry) / (q_rest + 1.0)
-    value = p * (unit if _bits_of(x) == 32 else 1.0) + q * unit
+    bits = _bits_of(x)
+    p = (p_total + _where_finite(p_total, p_carry)) * _unit_of_p(bits) / (p_rest + 1.0)
+    q = (q_total + q_carry) * 2.0 ** -_SUM_SHIFT[bits] / (q_rest + 1.0)
+    value = p + q
     value = value.compare(">", 0.0, or_nan=True).select(value, 0.0)
     # a class that p has and q has not
     value = value.compare("ord", value).select(value, math.inf)
@@ -765,7 +814,7 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_car
 
 @njit(**_OPTIONS)
 def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
-    """Add n classes of a row; their exponentials are relative to p_ref and q_ref."""
+    """Add n classes of a row to its sums; their exponentials are relative to p_ref and q_ref."""
     lanes = _lanes(x)
     high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
     zero = _splat_double(x, 0.0)
@@ -777,6 +826,19 @@ def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
         p_t, p_c, q_t, q_c = _add_excess(x, y, e, f, whole, n - whole, high, low, p_t, p_c, q_t, q_c)
     _add_scaled(sums, 0, p_t, p_c, p_ref, p_m)
     _add_scaled(sums, 2, q_t, q_c, q_ref, q_m)
+
+
+@njit(**_OPTIONS)
+def _sum_ratios(x, y, e, n, sums, p_m, p_ref):
+    lanes = _lanes(x)
+    high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
+    t, c = _splat_double(x, 0.0), _splat_double(x, 0.0)
+    whole = n - n % lanes
+    for i in range(0, whole, lanes):
+        t, c = _add_ratios(x, y, e, i, None, high, low, t, c)
+    if whole < n:
+        t, c = _add_ratios(x, y, e, whole, n - whole, high, low, t, c)
+    _add_scaled(sums, 0, t, c, p_ref, p_m)
 
 
 @njit(**_OPTIONS)
@@ -795,10 +857,54 @@ def _rest_of(x, state):
 
 
 @njit(**_OPTIONS)
+def _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, mean):
+    """Sum the divergences of count rows that have been read or, with ``mean``, their p d."""
+    n, direct, step = job.n_classes, job.rows == 1, job.kept != 0
+    n_blocks = (n + _BLOCK - 1) // _BLOCK
+    q_refs = _at(p_refs, job.rows * n_blocks)
+    q_terms, q_block = _at(p_terms, job.kept + _BLOCK), _at(p_block, job.rows * _PITCH)
+    for r in range(count):
+        for i in range(4):
+            sums[r * _SUMS + i] = 0.0
+    for b in range(n_blocks):
+        start = b * _BLOCK
+        size = min(_BLOCK, n - start)
+        p = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
+        q = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
+        e, f = _at(p_terms, start * step), _at(q_terms, start * step)
+        for r in range(count):
+            at, ref = r * _PITCH, r * n_blocks + b
+            p_ref, q_ref = p_refs[ref], q_refs[ref]
+            p_m, q_m = p_states[r * _STATE + _M], q_states[r * _STATE + _M]
+            if not step:  # the exponentials were not kept
+                _sum_terms(_at(p, at), size, _splat(x, p_ref if p_ref > -np.inf else 0.0), None, e)
+            if mean is None:
+                if not step:
+                    _sum_terms(_at(q, at), size, _splat(x, q_ref if q_ref > -np.inf else 0.0), None, f)
+                s = _at(sums, r * _SUMS)
+                _sum_excess(_at(p, at), _at(q, at), e, f, size, s, p_m, p_ref, q_m, q_ref)
+            else:
+                _sum_ratios(_at(p, at), _at(q, at), e, size, _at(sums, r * _SUMS), p_m, p_ref)
+
+
+@njit(**_OPTIONS)
+def _finish_divergences(x, row, count, sums, p_states, q_states, out):
+    """Store the divergences of count rows; return whether one of them needs recentring."""
+    again = False
+    for r in range(count):
+        s, p_m, q_m = _at(sums, r * _SUMS), p_states[r * _STATE + _M], q_states[r * _STATE + _M]
+        value = _divergence_of(x, p_m, s[_P_REST], q_m, s[_Q_REST], s[0], s[1], s[2], s[3])
+        _set(out, row + r, value)
+        s[_VALUE] = value
+        again |= _needs_recentring(x, value)
+    return again
+
+
+@njit(**_OPTIONS)
 def _divergence_rows(x_type, job, item, worker):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
-    n, row, direct = job.n_classes, first, job.rows == 1
+    n, row, direct, step = job.n_classes, first, job.rows == 1, job.kept != 0
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     out = _reals_like(job.out, x_type)
     sums = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
@@ -810,7 +916,6 @@ def _divergence_rows(x_type, job, item, worker):
     q_terms = _at(p_terms, job.kept + _BLOCK)
     p_block = _pointer_like(_address_in(q_terms, job.kept + _BLOCK), x_type)
     q_block = _at(p_block, job.rows * _PITCH)
-    step = 1 if job.kept != 0 else 0  # 0: terms are computed again when they are needed again
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         count = min(job.rows, last - row, job.inner - inner)
@@ -830,33 +935,18 @@ def _divergence_rows(x_type, job, item, worker):
                 p_refs[ref] = _read_block(_at(p, at), size, _at(p_states, state), e)
                 q_refs[ref] = _read_block(_at(q, at), size, _at(q_states, state), f)
         for r in range(count):
-            s, p_state, q_state = (
-                _at(sums, r * _SUMS),
-                _at(p_states, r * _STATE),
-                _at(q_states, r * _STATE),
-            )
-            s[0] = s[1] = s[2] = s[3] = 0.0
+            s = _at(sums, r * _SUMS)
+            p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
             s[_P_REST], s[_Q_REST] = _rest_of(x, p_state), _rest_of(x, q_state)
             s[_HIGH], s[_LOW] = _shift(x, p_state[_M], s[_P_REST], q_state[_M], s[_Q_REST])
-        for b in range(n_blocks):
-            start = b * _BLOCK
-            size = min(_BLOCK, n - start)
-            p = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
-            q = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
-            e, f = _at(p_terms, start * step), _at(q_terms, start * step)
+        _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, None)
+        if _finish_divergences(x, row, count, sums, p_states, q_states, out):
+            _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, True)
             for r in range(count):
-                at, ref = r * _PITCH, r * n_blocks + b
-                p_ref, q_ref = p_refs[ref], q_refs[ref]
-                if step == 0:
-                    _sum_terms(_at(p, at), size, _splat(x, p_ref if p_ref > -np.inf else 0.0), None, e)
-                    _sum_terms(_at(q, at), size, _splat(x, q_ref if q_ref > -np.inf else 0.0), None, f)
-                p_m, q_m = p_states[r * _STATE + _M], q_states[r * _STATE + _M]
-                _sum_excess(
-                    _at(p, at), _at(q, at), e, f, size, _at(sums, r * _SUMS), p_m, p_ref, q_m, q_ref
-                )
-        for r in range(count):
-            s, p_m, q_m = _at(sums, r * _SUMS), p_states[r * _STATE + _M], q_states[r * _STATE + _M]
-            _set(out, row + r, _divergence_of(x, p_m, s[_P_REST], q_m, s[_Q_REST], s[0], s[1], s[2], s[3]))
+                s = _at(sums, r * _SUMS)
+                s[_HIGH], s[_LOW] = _recentred(x, s[_HIGH], s[_LOW], s[_VALUE], s[0], s[1], s[_P_REST])
+            _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, None)
+            _finish_divergences(x, row, count, sums, p_states, q_states, out)
         row += count
     return 0
 
@@ -870,6 +960,15 @@ def _read_lanes(x, work, terms, n):
         m = _larger_of(_vector_at(work, c * lanes), m)
     totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, terms)
     return _as_doubles(m), _total_of(totals, carries, ties)
+
+
+@njit(**_OPTIONS)
+def _excess_of_lanes(x, y, e, f, n, high, low):
+    zero, lanes = _splat_double(x, 0.0), _lanes(x)
+    p_t, p_c, q_t, q_c = zero, zero, zero, zero
+    for i in range(0, n * lanes, lanes):
+        p_t, p_c, q_t, q_c = _add_excess(x, y, e, f, i, None, high, low, p_t, p_c, q_t, q_c)
+    return p_t, p_c, q_t, q_c
 
 
 @njit(**_OPTIONS)
@@ -892,11 +991,15 @@ def _narrow_divergence_rows(x_type, job, item, worker):
         p_m, p_rest = _read_lanes(x, p, e, n)
         q_m, q_rest = _read_lanes(x, q, f, n)
         high, low = _shift(x, p_m, p_rest, q_m, q_rest)
-        zero = _splat_double(x, 0.0)
-        p_t, p_c, q_t, q_c = zero, zero, zero, zero
-        for i in range(0, n * lanes, lanes):
-            p_t, p_c, q_t, q_c = _add_excess(p, q, e, f, i, None, high, low, p_t, p_c, q_t, q_c)
+        p_t, p_c, q_t, q_c = _excess_of_lanes(p, q, e, f, n, high, low)
         value = _divergence_of(x, p_m, p_rest, q_m, q_rest, p_t, p_c, q_t, q_c)
+        if _needs_recentring(x, value):
+            t, c = _splat_double(x, 0.0), _splat_double(x, 0.0)
+            for i in range(0, n * lanes, lanes):
+                t, c = _add_ratios(p, q, e, i, None, high, low, t, c)
+            high, low = _recentred(x, high, low, value, t, c, p_rest)
+            p_t, p_c, q_t, q_c = _excess_of_lanes(p, q, e, f, n, high, low)
+            value = _divergence_of(x, p_m, p_rest, q_m, q_rest, p_t, p_c, q_t, q_c)
         _store_where(out, _first_lanes(x, count), row, value)
         row += count
     return 0
