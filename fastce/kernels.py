@@ -37,13 +37,16 @@ Softmax
     ``p_j``, or ``-((m - x_j) + log1p(s))``. NaN in a row that is not finite, as the gradient.
 KL divergence from logits
     ``sum_j p_j (exp(-d_j) - 1 + d_j)`` with ``d_j = log p_j - log q_j``: no term is negative, and each
-    is 0 where the two agree. A class with p_j = 0 contributes q_j. NaN if a row of either is not
-    finite; +inf if p_j > 0 where q has a logit of -inf.
+    is 0 where the two agree. A class with p_j = 0 contributes q_j. Of rows that are close nearly all of
+    d_j cancels: what its subtractions round away is carried, and the error common to all d_j, s, which
+    adds s^2 / 2, is taken from what it does to the sum of q_j - p_j, and subtracted. NaN if a row of
+    either is not finite; +inf if q has a logit of -inf where p has none, however small that p_j.
 Measures of distributions
     Of probabilities as given, whatever their sum: ``sum -p log p``, ``sum -p log q``,
     ``sum p log(p / q)``, with 0 log 0 = 0. The last is computed as ``sum (p log(p/q) - p + q)``, whose
     terms are not negative, plus ``sum p - sum q`` where these differ by more than rounding:
-    ``SUMS_AGREE`` times the larger of them and the dtype's epsilon. Negative numbers and NaN are invalid.
+    ``SUMS_AGREE`` times the larger of them and the dtype's epsilon. Negative numbers and NaN are
+    invalid.
 Binary cross-entropy
     With A = pos_weight * t, B = 1 - t and L(x) = log1p(exp(-|x|)), the loss is
     ``(A + B) L(x) + (B x if x > 0 else -A x)``, a share of 0 contributing 0, also at +-inf; the
@@ -97,6 +100,12 @@ def exact_sum(values: Iterable[float]) -> float:
         return math.nan
 
 
+def array_sum(values: NDArray[float64]) -> float:
+    """Return the sum of an array, in which rounding errors do not grow with its length."""
+    whole = len(values) // 128 * 128  # NumPy adds up so many in eight lanes
+    return exact_sum([*values[:whole].reshape(-1, 128).sum(axis=1), *values[whole:]])
+
+
 def log_scale(base: float | None) -> tuple[float, float]:
     """Return the logarithms of 2 and of e to a base: what ln turns into log of that base."""
     if base is None:
@@ -107,8 +116,8 @@ def log_scale(base: float | None) -> tuple[float, float]:
 class Soft(NamedTuple):
     """Targets that are more than one class id.
 
-    The share of class j is ``q_j = weight_j * ((1 - smoothing) * t_j + smoothing / n_classes)``, where t
-    is a row of ``probs`` or, without them, 1 for the target and 0 elsewhere.
+    The share of class j is ``q_j = weight_j * ((1 - smoothing) * t_j + smoothing / n_classes)``, where
+    t is a row of ``probs`` or, without them, 1 for the target and 0 elsewhere.
     """
 
     probs: NDArray[Any] | None  # shape and dtype of the logits, any strides
@@ -153,11 +162,12 @@ class Kernels(Protocol):
         max_elements: int,
         wants_losses: bool,
         grad_scale: float | None,
+        out: object,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None:
         """Do the whole of a small call, if no argument needs conversion and all targets are classes.
 
-        Returns the sum of the losses, or the losses, with the gradient if a scale was given for it; or
-        None, where `fastce.problem.check` has to see the arguments first. Always None but where it
+        Returns the sum of the losses, or the losses, with the gradient if a scale was given for it, in
+        ``out`` if that is an array; or None, and nothing written, where `fastce.problem.check` has to see the arguments first. Always None but where it
         saves time: at 8 x 10, checking and preparing takes ten times as long as the rows.
         """
         return None
@@ -181,8 +191,9 @@ class Kernels(Protocol):
         """Write losses, each tile's sum of them and, where given, statistics and gradient.
 
         ``row_weights`` multiply the losses, ``scale`` the gradient, and is given if ``grad`` is.
-        ``stats`` and ``soft`` are not given together. ``stream`` says that the gradient is too large for
-        the caches, which it may pass by. A tile has ``tile_rows(n_classes)`` rows, but for the last one.
+        ``stats`` and ``soft`` are not given together. ``stream`` says that the gradient is too large
+        for the caches, which it may pass by. A tile has ``tile_rows(n_classes)`` rows, but for the
+        last.
 
         Returns how many targets were outside [0, n_classes) or, with ``probs``, how many rows that are
         not ignored hold a negative one or a NaN; what is written for such a row is not defined.
@@ -259,7 +270,7 @@ class Kernels(Protocol):
         """Write the binary cross-entropy of each element, the gradient with respect to x, and sums.
 
         ``unit`` and ``weight`` multiply the losses, ``grad_unit`` and ``scale`` the gradient. A tile
-        has ``BINARY_TILE`` elements, but for the last one; its sum of the losses is left as two numbers,
+        has ``BINARY_TILE`` elements, but for the last; its sum of the losses is left as two numbers,
         the second far smaller, so that no order of tiles changes the total. Returns how many elements
         with a weight other than 0 have a target outside [0, 1] or NaN or, if not from logits, a
         probability outside [0, 1]; what is written for them is not defined.

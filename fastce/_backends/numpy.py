@@ -26,6 +26,8 @@ from fastce.kernels import (
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
+# log(2) in two parts, the first of 33 bits, so that its products with small integers are exact
+_LN2 = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 
 
 class _Rows(NamedTuple):
@@ -81,8 +83,9 @@ class NumpyKernels(Kernels):
             if soft is None:
                 loss = _loss(rows)
             else:
-                shares = _shares(rows, soft, where)
-                n_bad += np.count_nonzero(~(shares >= 0).all(axis=1))
+                t = _given_shares(rows, soft, where)
+                n_bad += _count(~(t >= 0).all(axis=1))
+                shares = _weighed(t, soft)
                 loss = _soft_loss(rows, shares)
             if row_weights is not None:
                 loss = np.where(
@@ -104,7 +107,7 @@ class NumpyKernels(Kernels):
         if grad is not None:
             grad[divmod(first_row + np.flatnonzero(ignored), inner)] = 0
         _sum_tiles(losses, tile_sums, n_classes)
-        return n_bad if soft is not None and soft.probs is not None else np.count_nonzero(ignored)
+        return n_bad if soft is not None and soft.probs is not None else _count(ignored)
 
     @np.errstate(all="ignore")
     def softmax(
@@ -160,15 +163,15 @@ class NumpyKernels(Kernels):
         for at, where in _blocks(np.arange(len(out)), first_row, inner, n_classes):
             a = _widened(p[where])
             b = a if q is None else _widened(q[where])
-            n_bad += np.count_nonzero(~((a >= 0) & (b >= 0)).all(axis=1))
+            n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
                 terms = _kl_terms(a, b) * log_scale(base)[1]
-                excess = a.sum(axis=1) - b.sum(axis=1)
-                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(a.sum(axis=1), b.sum(axis=1))
+                excess = _sum(a - b)
+                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(_sum(a), _sum(b))
                 excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
-                out[at] = terms.sum(axis=1) + excess * log_scale(base)[1]
+                out[at] = _sum(terms) + excess * log_scale(base)[1]
             else:
-                out[at] = np.where(a == 0, 0.0, a * -_log(b, base)).sum(axis=1) + 0.0
+                out[at] = _sum(np.where(a == 0, 0.0, a * -_log(b, base))) + 0.0
         return n_bad
 
     @np.errstate(all="ignore")
@@ -180,7 +183,7 @@ class NumpyKernels(Kernels):
         for start in range(0, len(p), _BLOCK_ELEMENTS):
             some = slice(start, start + _BLOCK_ELEMENTS)
             x = _widened(p[some])
-            n_bad += np.count_nonzero(~(x >= 0))
+            n_bad += _count(~(x >= 0))
             out[some] = 0.0 - _log(x, base)  # not -0
         return n_bad
 
@@ -209,18 +212,24 @@ class NumpyKernels(Kernels):
             w = np.ones(len(v)) if weight is None else weight[some].astype(np.float64)
             a = t if pos_weight is None else t * pos_weight[some]
             bad = ~((t >= 0) & (t <= 1)) | (not from_logits and (v < 0) | (v > 1))
-            n_bad += np.count_nonzero(bad & (w != 0))
+            n_bad += _count(bad & (w != 0))
             loss, slope = (_binary_from_logits if from_logits else _binary_from_probs)(v, a, 1 - t)
             loss = np.where(w == 0, 0.0, loss * (w * unit))
             rounded = loss.astype(np.float64 if x.dtype == np.float64 else np.float32)
             if losses is not None:
                 losses[some] = rounded
-            sums[tile] = exact_sum(rounded.tolist()), 0.0
+            found = rounded.tolist()
+            sums[tile, 0] = exact_sum(found)
+            sums[tile, 1] = exact_sum([*found, -sums[tile, 0]]) if np.isfinite(sums[tile, 0]) else 0.0
             if grad is not None:
                 s = np.ones(len(v)) if scale is None else scale[some].astype(np.float64)
                 slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
                 grad[some] = _narrowed(slope, grad.dtype)
         return n_bad
+
+
+def _count(found: Any) -> int:
+    return int(np.count_nonzero(found))
 
 
 def _blocks(
@@ -247,19 +256,35 @@ def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
     return ((bits + (0x7FFF + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype(dtype)
 
 
+def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each row, by halves: NumPy adds up to 16 in turn, whose errors may agree."""
+    while (n := terms.shape[1]) > 1:
+        half = n // 2
+        sums = terms[:, :half] + terms[:, half : 2 * half]
+        if n % 2:
+            sums[:, 0] += terms[:, -1]
+        terms = sums
+    return terms[:, 0] if terms.shape[1] else np.zeros(len(terms))
+
+
 def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
     m = x[n, top]
-    # x - m = d + r exactly (Knuth's TwoSum); where d is infinite there is no r
-    d = x - m[:, None]
-    x1 = d + m[:, None]
-    m1 = x1 - d
-    r = (x - x1) - (m[:, None] - m1)
+    d, r = _difference(x, m[:, None])
     exps = np.exp(d)
-    exps += np.where(np.isneginf(d), 0.0, exps * r)
+    exps += exps * r
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
-    return _Rows(x, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+    return _Rows(x, targets, exps, top, m - x[n, targets], _sum(exps))
+
+
+def _difference(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return d and r with ``x - y = d + r`` exactly, by Knuth's TwoSum; where d is infinite r is 0."""
+    d = x - y
+    x1 = d + y
+    return d, np.where(np.isfinite(d), (x - x1) - (y - (x1 - d)), 0.0)
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -279,21 +304,24 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
-def _shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+def _given_shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+    """Return t: (n, n_classes)."""
+    if soft.probs is not None:
+        return _widened(soft.probs[where])
+    named = np.arange(rows.x.shape[1]) == rows.targets[:, None]
+    return np.asarray(named, np.float64)
+
+
+def _weighed(t: NDArray[np.float64], soft: Soft) -> NDArray[np.float64]:
     """Return q: (n, n_classes)."""
-    n_classes = rows.x.shape[1]
-    if soft.probs is None:
-        t = (np.arange(n_classes) == rows.targets[:, None]).astype(np.float64)
-    else:
-        t = _widened(soft.probs[where])
-    q = (1.0 - soft.smoothing) * t + soft.smoothing / n_classes
+    q: NDArray[np.float64] = (1.0 - soft.smoothing) * t + soft.smoothing / t.shape[1]
     return q if soft.weight is None else q * soft.weight
 
 
 def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
     m = np.take_along_axis(rows.x, rows.top[:, None], axis=1)
     gaps = np.where(shares == 0, 0.0, shares * (m - rows.x))
-    loss = gaps.sum(axis=1) + shares.sum(axis=1) * np.log1p(rows.rest)
+    loss = _sum(gaps) + _sum(shares) * np.log1p(rows.rest)
     return np.where(np.isnan(rows.rest), np.nan, loss)
 
 
@@ -302,14 +330,14 @@ def _soft_gradient(
 ) -> NDArray[np.float64]:
     n = np.arange(len(rows.x))
     total = 1.0 + rows.rest
-    sums = shares.sum(axis=1)
+    sums = _sum(shares)
     grad = _softmax(rows)
     grad *= sums[:, None]
     grad -= shares
     # The maximum's own: what the others get too much. Nothing of a p next to 1 cancels then.
     others = shares.copy()
     others[n, rows.top] = 0.0
-    top = others.sum(axis=1) - sums * (rows.rest / total)
+    top = _sum(others) - sums * (rows.rest / total)
     grad[n, rows.top] = np.where(rows.rest < 1, top, grad[n, rows.top])
     return np.where(scale[:, None] == 0, grad * 0.0 + 0.0, grad * scale[:, None])
 
@@ -333,7 +361,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
     finite = ~np.isnan(rows.rest)
     total = 1.0 + rows.rest
     p = _softmax(rows)
-    below = np.where(p == 0, 0.0, p * (m[:, None] - rows.x)).sum(axis=1)
+    below = _sum(np.where(p == 0, 0.0, p * (m[:, None] - rows.x)))
     others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets]) / total
     p[n, rows.targets] = 0.0
     return {
@@ -344,7 +372,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
         "rank": np.where(finite, _rank(rows), -1),
         "entropy": np.where(finite, np.log1p(rows.rest) + below, np.nan),
         "max_prob": 1.0 / total,
-        "brier": np.where(finite, (p * p).sum(axis=1) + others * others, np.nan),
+        "brier": np.where(finite, _sum(p * p) + others * others, np.nan),
     }
 
 
@@ -365,14 +393,35 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 
 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
+    """Return the sum of p (exp(-d) - 1 + d), where d = log p - log q is what is left of x_p - x_q.
+
+    Of rows that are close little is left, so what the subtractions round away is carried along. d is off
+    by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
+    first order, and makes the sum of q - p, which should be 0, s: so it can be subtracted and, where it
+    is not small against the result, the sum be taken again with what is known of s.
+    """
     a, b = _softmax(p), _softmax(q)
     m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
-    shift = (np.log1p(p.rest) - np.log1p(q.rest))[:, None]
-    d = ((p.x - m_p) - (q.x - m_q)) - shift
-    near = np.abs(d) < 1
-    terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
-    terms = np.where(a == 0, b, terms)  # d may be NaN then, or -inf
-    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, terms.sum(axis=1))
+    u, u_error = _difference(p.x, q.x)
+    gap, gap_error = _difference(m_p, m_q)
+    shift, shift_error = _difference(gap, (np.log1p(q.rest) - np.log1p(p.rest))[:, None])
+    low = gap_error + shift_error
+    for _ in range(4):
+        v, v_error = _difference(u, shift)
+        d = np.where(a == 0, 1.0, v + (v_error + u_error - low))
+        near = np.abs(d) < 1
+        terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
+        terms = _sum(np.where(np.isposinf(u), np.inf, terms))  # however small p is
+        s = terms - _sum(a * d)
+        s = np.where(np.isfinite(s), s, 0.0)
+        square = s * s * (0.5 - s / 3)  # s - log1p(s)
+        again = s * s > terms / 64
+        if not again.any():
+            break
+        step = np.where(again, s - square, 0.0)[:, None]
+        shift, low = _difference(shift, step - low)
+    found = np.maximum(terms - square, 0.0)
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, found)
 
 
 def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -392,25 +441,28 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
     exponent = exponent - low
     of_2, of_e = log_scale(base)
     found = exponent * of_2 + np.log(fraction) * of_e
-    return np.where((p == 0) | ~np.isfinite(p), np.log(p), found)
+    return np.where((p == 0) | ~np.isfinite(p), np.log(p) * of_e, found)
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """p log(p/q) - p + q, without cancellation.
+    """Return p log(p/q) - p + q, without cancellation.
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p + q) z (1 + s (1 + s) A).
+    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that
+    is taken of p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
     """
-    s = (p - q) / (p + q)
+    near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
+    k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
+    q_k = np.ldexp(q, k.astype(np.int64))
+    s = (p - q_k) / (p + q_k)
     z = s * s
-    near = z <= 1 / 9
     a, power = np.zeros_like(z), np.ones_like(z)
-    for k in range(3, 37, 2):
-        a += power / k
-        power = power * np.where(near, z, 0.0)
-    close = (p + q) * z * (1 + s * (1 + s) * a)
-    far = p * (np.log(p) - np.log(q)) - (p - q)
-    return np.where(p == 0, q, np.where(near, close, far))
+    for i in range(3, 37, 2):
+        a += power / i
+        power = power * z
+    close = (p - q_k) * s * (1 + s * (1 + s) * a)
+    rest = p * (k * _LN2[0]) - (q_k - q) + p * (k * _LN2[1])
+    return np.where(p == 0, q, np.where(q == 0, np.inf, close + rest))
 
 
 def _epsilon(p: NDArray[Any]) -> float:

@@ -3,6 +3,8 @@ from typing import Any
 from numpy import float64, int64
 from numpy.typing import NDArray
 
+from fastce.kernels import Soft, Stats
+
 OPENMP: bool
 
 class RowKernels:
@@ -16,6 +18,7 @@ class RowKernels:
         max_elements: int,
         wants_losses: bool,
         grad_scale: float | None,
+        out: object,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None: ...
     def rows(
         self,
@@ -25,12 +28,25 @@ class RowKernels:
         losses: NDArray[Any],
         tile_sums: NDArray[float64],
         *,
-        ranks: NDArray[int64] | None,
+        row_weights: NDArray[float64] | None,
+        soft: Soft | None,
+        stats: Stats | None,
         scale: NDArray[float64] | None,
         grad: NDArray[Any] | None,
         stream: bool,
         num_threads: int,
     ) -> int: ...
+    def softmax(
+        self,
+        logits: NDArray[Any],
+        first_row: int,
+        n_rows: int,
+        out: NDArray[Any],
+        *,
+        log: bool,
+        stream: bool,
+        num_threads: int,
+    ) -> None: ...
     def kl_from_logits(
         self,
         p_logits: NDArray[Any],
