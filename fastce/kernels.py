@@ -37,8 +37,10 @@ Softmax
     ``p_j``, or ``-((m - x_j) + log1p(s))``. NaN in a row that is not finite, as the gradient.
 KL divergence from logits
     ``sum_j p_j (exp(-d_j) - 1 + d_j)`` with ``d_j = log p_j - log q_j``: no term is negative, and each
-    is 0 where the two agree. A class with p_j = 0 contributes q_j. NaN if a row of either is not
-    finite; +inf if p_j > 0 where q has a logit of -inf.
+    is 0 where the two agree. A class with p_j = 0 contributes q_j. Of rows that are close nearly all of
+    d_j cancels: what its subtractions round away is carried, and the error common to all d_j, s, which
+    adds s^2 / 2, is taken from what it does to the sum of q_j - p_j, and subtracted. NaN if a row of
+    either is not finite; +inf if q has a logit of -inf where p has none, however small that p_j.
 Measures of distributions
     Of probabilities as given, whatever their sum: ``sum -p log p``, ``sum -p log q``,
     ``sum p log(p / q)``, with 0 log 0 = 0. The last is computed as ``sum (p log(p/q) - p + q)``, whose

@@ -26,6 +26,8 @@ from fastce.kernels import (
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
+# log(2) in two parts, the first of 33 bits, so that its products with small integers are exact
+_LN2 = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 
 
 class _Rows(NamedTuple):
@@ -164,7 +166,7 @@ class NumpyKernels(Kernels):
             n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
                 terms = _kl_terms(a, b) * log_scale(base)[1]
-                excess = _sum(a) - _sum(b)
+                excess = _sum(a - b)
                 rounding = SUMS_AGREE * _epsilon(p) * np.maximum(_sum(a), _sum(b))
                 excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
                 out[at] = _sum(terms) + excess * log_scale(base)[1]
@@ -273,15 +275,20 @@ def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
     m = x[n, top]
-    # x - m = d + r exactly (Knuth's TwoSum); where d is infinite there is no r
-    d = x - m[:, None]
-    x1 = d + m[:, None]
-    m1 = x1 - d
-    r = (x - x1) - (m[:, None] - m1)
+    d, r = _difference(x, m[:, None])
     exps = np.exp(d)
-    exps += np.where(np.isneginf(d), 0.0, exps * r)
+    exps += exps * r
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
     return _Rows(x, targets, exps, top, m - x[n, targets], _sum(exps))
+
+
+def _difference(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return d and r with ``x - y = d + r`` exactly, by Knuth's TwoSum; where d is infinite r is 0."""
+    d = x - y
+    x1 = d + y
+    return d, np.where(np.isfinite(d), (x - x1) - (y - (x1 - d)), 0.0)
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -390,14 +397,35 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 
 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
+    """Return the sum of p (exp(-d) - 1 + d), where d = log p - log q is what is left of x_p - x_q.
+
+    Of rows that are close little is left, so what the subtractions round away is carried along. d is off
+    by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
+    first order, and makes the sum of q - p, which should be 0, s: so it can be subtracted and, where it
+    is not small against the result, the sum be taken again with what is known of s.
+    """
     a, b = _softmax(p), _softmax(q)
     m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
-    shift = (np.log1p(p.rest) - np.log1p(q.rest))[:, None]
-    d = ((p.x - m_p) - (q.x - m_q)) - shift
-    near = np.abs(d) < 1
-    terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
-    terms = np.where(a == 0, b, terms)  # d may be NaN then, or -inf
-    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, _sum(terms))
+    u, u_error = _difference(p.x, q.x)
+    gap, gap_error = _difference(m_p, m_q)
+    shift, shift_error = _difference(gap, (np.log1p(q.rest) - np.log1p(p.rest))[:, None])
+    low = gap_error + shift_error
+    for _ in range(4):
+        v, v_error = _difference(u, shift)
+        d = np.where(a == 0, 1.0, v + (v_error + u_error - low))
+        near = np.abs(d) < 1
+        terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
+        terms = _sum(np.where(np.isposinf(u), np.inf, terms))  # however small p is
+        s = terms - _sum(a * d)
+        s = np.where(np.isfinite(s), s, 0.0)
+        square = s * s * (0.5 - s / 3)  # s - log1p(s)
+        again = s * s > terms / 64
+        if not again.any():
+            break
+        step = np.where(again, s - square, 0.0)[:, None]
+        shift, low = _difference(shift, step - low)
+    found = np.maximum(terms - square, 0.0)
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, found)
 
 
 def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -424,18 +452,21 @@ def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.floa
     """Return p log(p/q) - p + q, without cancellation.
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p + q) z (1 + s (1 + s) A).
+    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that
+    is taken of p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
     """
-    s = (p - q) / (p + q)
+    near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
+    k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
+    q_k = np.ldexp(q, k.astype(np.int64))
+    s = (p - q_k) / (p + q_k)
     z = s * s
-    near = z <= 1 / 9
     a, power = np.zeros_like(z), np.ones_like(z)
-    for k in range(3, 37, 2):
-        a += power / k
-        power = power * np.where(near, z, 0.0)
-    close = (p + q) * z * (1 + s * (1 + s) * a)
-    far = p * (np.log(p) - np.log(q)) - (p - q)
-    return np.where(p == 0, q, np.where(near, close, far))
+    for i in range(3, 37, 2):
+        a += power / i
+        power = power * z
+    close = (p - q_k) * s * (1 + s * (1 + s) * a)
+    rest = p * (k * _LN2[0]) - (q_k - q) + p * (k * _LN2[1])
+    return np.where(p == 0, q, np.where(q == 0, np.inf, close + rest))
 
 
 def _epsilon(p: NDArray[Any]) -> float:

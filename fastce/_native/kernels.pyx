@@ -56,7 +56,7 @@ cdef extern from "rows.h" nogil:
         FASTCE_KL_OF_LOGITS
     ctypedef struct fastce_measure:
         fastce_kind kind
-        fastce_call p, q
+        fastce_call rows
         double of_2, of_e, sums_agree
         void *out
     ctypedef struct fastce_binary:
@@ -324,23 +324,22 @@ cdef class RowKernels:
     ):
         cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(p))
         cdef ptrdiff_t n_rows = cnp.PyArray_DIM(out, 0), tile, n_bad
-        cdef fastce_measure call
-        memset(&call, 0, sizeof(call))
-        call.kind = kind
-        call.of_2, call.of_e = log_scale(base)
-        call.sums_agree = SUMS_AGREE
-        call.out = cnp.PyArray_DATA(out)
-        _describe(&call.p, p, first_row, None)
-        if q is not None:
-            _describe(&call.q, q, first_row, None)
+        cdef fastce_measure measure
         if n_rows == 0:
             return 0
-        tile = tile_rows(call.p.n_classes)
-        if n_rows * call.p.n_classes < _KEEPS_LOCK:
-            n_bad = _run_measure(kernels, &call, n_rows, tile, 1)
+        _describe(&measure.rows, p, first_row, None)
+        if q is not None:
+            _describe_probs(&measure.rows, q)
+        measure.kind = kind
+        measure.of_2, measure.of_e = log_scale(base)
+        measure.sums_agree = SUMS_AGREE
+        measure.out = cnp.PyArray_DATA(out)
+        tile = tile_rows(measure.rows.n_classes)
+        if n_rows * measure.rows.n_classes < _KEEPS_LOCK:
+            n_bad = _run_measure(kernels, &measure, n_rows, tile, 1)
         else:
             with nogil:
-                n_bad = _run_measure(kernels, &call, n_rows, tile, num_threads)
+                n_bad = _run_measure(kernels, &measure, n_rows, tile, num_threads)
         if n_bad < 0:
             raise MemoryError("no memory for the scratch of fastce's kernels")
         return n_bad
@@ -349,15 +348,14 @@ cdef class RowKernels:
         """See `fastce.kernels.Kernels.information`; nothing is checked here."""
         cdef const fastce_kernels *kernels = self.of(cnp.PyArray_TYPE(p))
         cdef ptrdiff_t n = cnp.PyArray_DIM(p, 0)
-        cdef fastce_measure call
-        memset(&call, 0, sizeof(call))
-        call.of_2, call.of_e = log_scale(base)
-        call.p.logits = cnp.PyArray_DATA(p)
-        call.out = cnp.PyArray_DATA(out)
+        cdef fastce_measure measure
+        measure.of_2, measure.of_e = log_scale(base)
+        measure.rows.logits = cnp.PyArray_DATA(p)
+        measure.out = cnp.PyArray_DATA(out)
         if n < _KEEPS_LOCK:
-            return kernels.information(&call, 0, n)
+            return kernels.information(&measure, 0, n)
         with nogil:
-            n = _run_information(kernels, &call, n, num_threads)
+            n = _run_information(kernels, &measure, n, num_threads)
         return n
 
     def binary(
@@ -429,20 +427,21 @@ cdef _weight_sums(soft):
     return np.append(0.0, np.add.reduceat(soft.weight.astype(np.float64), starts).cumsum())
 
 
+cdef void _describe_probs(fastce_call *call, cnp.ndarray probs):
+    cdef ptrdiff_t item = cnp.PyArray_ITEMSIZE(probs)
+    call.probs = cnp.PyArray_DATA(probs)
+    call.probs_outer_stride = cnp.PyArray_STRIDE(probs, 0) // item
+    call.probs_row_stride = cnp.PyArray_STRIDE(probs, 1) // item
+    call.probs_class_stride = 1 if call.n_classes == 1 else cnp.PyArray_STRIDE(probs, 2) // item
+
+
 cdef void _describe_soft(fastce_call *call, soft, cnp.ndarray weight_sums):
-    cdef cnp.ndarray probs = soft.probs, weight = soft.weight
-    cdef ptrdiff_t item
+    cdef cnp.ndarray weight = soft.weight
     call.soft = 1
     call.own = 1.0 - soft.smoothing
     call.even = soft.smoothing / call.n_classes
-    if probs is not None:
-        item = cnp.PyArray_ITEMSIZE(probs)
-        call.probs = cnp.PyArray_DATA(probs)
-        call.probs_outer_stride = cnp.PyArray_STRIDE(probs, 0) // item
-        call.probs_row_stride = cnp.PyArray_STRIDE(probs, 1) // item
-        call.probs_class_stride = cnp.PyArray_STRIDE(probs, 2) // item
-        if call.n_classes == 1:
-            call.probs_class_stride = 1
+    if soft.probs is not None:
+        _describe_probs(call, soft.probs)
     if weight is not None:
         call.weight = cnp.PyArray_DATA(weight)
         call.weight_sums = <const double *>cnp.PyArray_DATA(weight_sums)
@@ -522,38 +521,38 @@ cdef ptrdiff_t _run_segments(
 
 
 cdef ptrdiff_t _run_measure(
-    const fastce_kernels *kernels, const fastce_measure *call, ptrdiff_t n_rows, ptrdiff_t tile,
+    const fastce_kernels *kernels, const fastce_measure *measure, ptrdiff_t n_rows, ptrdiff_t tile,
     int num_threads,
 ) noexcept nogil:
     """Return the number of rows with invalid probabilities, or -1 without memory."""
-    cdef ptrdiff_t step = (tile + _TURNED_ROWS - 1) // _TURNED_ROWS * _TURNED_ROWS
-    if call.p.class_stride == 1 and (call.q.logits == NULL or call.q.class_stride == 1):
-        step = tile
+    cdef const fastce_call *call = &measure.rows
+    cdef bint turned = call.class_stride != 1 or (call.probs != NULL and call.probs_class_stride != 1)
+    cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_bad = 0
-    cdef size_t size = (kernels.measure_scratch(call) + 127) // 64 * 64
+    cdef size_t size = (kernels.measure_scratch(measure) + 127) // 64 * 64
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
     cdef char *scratch = <char *>malloc(size * n_threads)
     if scratch == NULL:
         return -1
     if n_threads == 1:
         for item in range(n_items):
-            n_bad += kernels.measure(call, item * step, min(step, n_rows - item * step), scratch)
+            n_bad += kernels.measure(measure, item * step, min(step, n_rows - item * step), scratch)
     else:
         chunk = max(1, n_items // (_TURNS * n_threads))
         for item in prange(n_items, num_threads=n_threads, schedule="dynamic", chunksize=chunk):
-            n_bad += kernels.measure(call, item * step, min(step, n_rows - item * step),
+            n_bad += kernels.measure(measure, item * step, min(step, n_rows - item * step),
                                      scratch + size * threadid())
     free(scratch)
     return n_bad
 
 
 cdef ptrdiff_t _run_information(
-    const fastce_kernels *kernels, const fastce_measure *call, ptrdiff_t n, int num_threads
+    const fastce_kernels *kernels, const fastce_measure *measure, ptrdiff_t n, int num_threads
 ) noexcept nogil:
     cdef ptrdiff_t n_items = (n + _TILE - 1) // _TILE, item, n_bad = 0
     cdef ptrdiff_t chunk = max(1, n_items // (_TURNS * num_threads))
     for item in prange(n_items, num_threads=num_threads, schedule="dynamic", chunksize=chunk):
-        n_bad += kernels.information(call, item * _TILE, min(_TILE, n - item * _TILE))
+        n_bad += kernels.information(measure, item * _TILE, min(_TILE, n - item * _TILE))
     return n_bad
 
 

@@ -50,12 +50,11 @@ typedef struct {
     int64_t ahead, argmax;
 } fastce_part;
 
-/* Measures of rows of p and q: of probabilities, or of the softmax of logits. Of each it uses the logits, their
- * strides and shape, and first_row. */
+/* Measures of rows of probabilities, or of the softmax of logits. */
 typedef enum { FASTCE_CROSS_ENTROPY, FASTCE_KL_DIVERGENCE, FASTCE_KL_OF_LOGITS } fastce_kind;
 typedef struct {
     fastce_kind kind;
-    fastce_call p, q;         /* IN   without q.logits, q is p */
+    fastce_call rows;         /* IN   p as its logits, q as its probabilities; without these, q is p */
     double of_2, of_e;        /* the logarithms of 2 and e to the base */
     double sums_agree;        /* so many epsilons may two sums differ that count as equal */
     void *out;                /* OUT  float, or double for double p */
