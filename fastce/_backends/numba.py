@@ -503,10 +503,7 @@ class _Shares(NamedTuple):
 
 
 class _ShareSums(NamedTuple):
-    """Sums of share * (m - x) / 2, of the shares, and of those of classes below ``top``; the least t.
-
-    Half of m - x does not overflow.
-    """
+    """Sums of share * (m - x) * `_gap_unit`, of the shares, and of those below ``top``; the least t."""
 
     linear: Any
     linear_carry: Any
@@ -1048,7 +1045,8 @@ def _summed_shares(
     if mask:
         share = mask.select(share, 0.0)
     # a share that is 0, or not a normal number, counts for nothing, also where x is -inf
-    gap = _fma(v, -0.5, (what.m * 0.5).repeated(v.lanes))
+    unit = _gap_unit(soft)
+    gap = _fma(v, -unit, (what.m * unit).repeated(v.lanes))
     gap = share.compare(">=", tiny, or_nan=True).select(gap, 0.0)
     linear = _added(sums.linear, sums.linear_carry, _dot(share, gap, x.lanes))
     mass = _added(sums.mass, sums.mass_carry, _folded([share], x.lanes))
@@ -1057,6 +1055,14 @@ def _summed_shares(
         share = v.compare("<", what.top.repeated(v.lanes)).select(share, 0.0)
         below = _added(*below, _folded([share], x.lanes))
     return _ShareSums(*linear, *mass, *below, least)
+
+
+def _gap_unit(soft: _Soft) -> float:
+    """Return what multiplies m - x, so that neither it nor sums of it overflow if the loss does not.
+
+    Probabilities may be as small as normal numbers are, and so must be their products.
+    """
+    return 0.5 if soft.t else 2.0**-24
 
 
 def _normal(t: _Value, least: Any) -> _Value:
@@ -1147,7 +1153,7 @@ def _mass_of(soft, gap, linear, mass, below, w):
         return None, None, None
     share = soft.id_share * w
     own = share.compare("==", 0.0).select(0.0, share * gap)  # 0 also where gap is infinite
-    linear = soft.unit * linear * 2.0 + own
+    linear = soft.unit * linear / _gap_unit(soft) + own
     others = soft.unit * below + gap.compare(">", 0.0).select(share, 0.0)
     return linear, soft.unit * mass + share, others
 
@@ -1157,6 +1163,12 @@ def _weighed(loss, weight):
     """Multiply by weights; one of 0 makes inf 0, but leaves a NaN."""
     none = weight.compare("==", 0.0) & loss.compare("ord", loss)
     return none.select(0.0, loss * weight)
+
+
+@_emits(types.float64)
+def _rise(soft, m, former):
+    """Return what m - x grows by, in its unit."""
+    return m * _gap_unit(soft) - former * _gap_unit(soft)
 
 
 @_emits(types.float64)
@@ -1326,7 +1338,7 @@ def _own_parts(x, soft, scale, gap, e, rest, mass, others, w):
     """Return what the gradients of rows need; e is exp of the target's logit minus the maximum."""
     if not soft:
         return None
-    bits = _bits_of(x)
+    bits, scale = _bits_of(x), _if_finite(gap, scale)
     total, share = rest + 1.0, soft.id_share * w
     alone = rest.compare("<", _MOST_REST)
     own = scale * (others - mass * (rest / total)) + 0.0  # not -0
@@ -1847,9 +1859,8 @@ def _raise_maximum(state, top, unit, soft, stats):
         _add_to(state, _TOTAL, former, former_carry)
         if soft is not None:
             if state[_MASS] > 0.0:
-                _add_to(
-                    state, _LINEAR, (state[_MASS] + state[_MASS_CARRY]) * (0.5 * top - 0.5 * m), 0.0
-                )
+                mass = state[_MASS] + state[_MASS_CARRY]
+                _add_to(state, _LINEAR, mass * _rise(soft, top, m), 0.0)
         if stats is not None:
             _add_to(state, _SPREAD, (state[_TOTAL] + state[_CARRY]) * (top - m), 0.0)
         if not top - ref <= _MAX_LEAD:
@@ -2799,9 +2810,9 @@ def _merge(state, other, unit, soft, stats):
         total, rounded = _two_sum_of(total, former)
         carry += rounded + error
     if soft is not None:
-        if other[_MASS] > 0.0:
+        if behind and other[_MASS] > 0.0:
             mass = other[_MASS] + other[_MASS_CARRY]
-            _add_to(state, _LINEAR, mass * (0.5 * rise), 0.0)
+            _add_to(state, _LINEAR, mass * _rise(soft, state[_M], other[_M]), 0.0)
         _add_to(state, _LINEAR, other[_LINEAR], other[_LINEAR_CARRY])
         _add_to(state, _MASS, other[_MASS], other[_MASS_CARRY])
         below = _BELOW if other[_M] == state[_M] else _MASS
