@@ -73,8 +73,11 @@ def _soft_call(case, kind):
     )
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("kind", ["soft", "soft weighed", "smooth", "smooth weighed"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in ("soft", "smooth") for dtype in DTYPES]
+    + [(kind, dtype) for kind in ("soft weighed", "smooth weighed") for dtype in ALL_DTYPES],
+)
 def test_targets_of_many_shares(backend, kind, dtype, record_ulp):
     for case in further_cases(dtype):
         targets, options, losses, gradients, larger_terms = _soft_call(case, kind)
@@ -159,6 +162,8 @@ def _divergences(case):
 def test_divergence_of_logits(backend, dtype, record_ulp):
     """A difference of cross-entropy and entropy, but never negative."""
     for case in further_cases(dtype):
+        if case.logits.shape[1] > 100 and not case.name.startswith(("ordinary", "masked", "asc")):
+            continue  # the same code as at 97 classes; mpmath is slow
         for p, q, exact, cross in _divergences(case):
             got = info.kl_divergence_from_logits(p, q, base=None, backend=backend)
             assert not np.signbit(got).any(), case.name
@@ -174,8 +179,8 @@ def _distributions(dtype, base):
     count as equal, what the probabilities add up to.
     """
     found = []
-    for n in (1, 2, 5, 17, 33, 97, 513, 1025):
-        p, q = probabilities(5, n, dtype), probabilities(5, n, dtype, seed=1)
+    for n in (1, 2, 5, 17, 33, 97, 1025):
+        p, q = probabilities(3, n, dtype), probabilities(3, n, dtype, seed=1)
         q[q == 0] = np.asarray(1e-3, dtype)
         near = np.where(np.arange(n) % 3, p, np.nextafter(p, np.asarray(1, dtype)))
         uniform = np.full_like(p, 1 / n)
