@@ -730,10 +730,12 @@ def _recentred(x, high, low, value, total, carry, p_rest):
     An error of the shift cancels in the divergence but for its square, and that counts where the d
     themselves are hardly larger. Then it is seen: the mean of d under p must be the divergence.
     """
-    mean = (total + carry) * (_unit_of_p(_bits_of(x)) / (p_rest + 1.0))
-    more = low + _or_zero(_is_small(value, _bits_of(x)), mean - value)
-    sum_ = (high + more).rounded(_bits_of(x)).double()
-    return sum_, (high - sum_) + more
+    bits = _bits_of(x)
+    mean = (total + carry) * (_unit_of_p(bits) / (p_rest + 1.0))
+    more = low + (mean - value)
+    rounded = (high + more).rounded(bits).double()
+    small = _is_small(value, bits)
+    return small.select(rounded, high), small.select((high - rounded) + more, low)
 
 
 def _is_small(value: _Value, bits: int) -> _Value:
