@@ -617,6 +617,11 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     return _fma(t, power, power), d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
 
 
+def _lost(total: _Value, s: _Value) -> _Value:
+    """Return what the sum of 1 and s >= 0 rounded away."""
+    return s.compare("<", 1.0).select(s - (total - 1.0), 1.0 - (total - s))
+
+
 def _log1p(s: _Value, bits: int) -> _Value:
     """log(1 + s) of doubles >= 0; good to 2^-28 where the result is rounded to 32 bits."""
     u = s + 1.0
@@ -635,8 +640,7 @@ def _log1p(s: _Value, bits: int) -> _Value:
         fix = s.of(0.0)
     else:
         q = f / (f + 2.0)
-        lost = s.compare("<", 1.0).select(s - (u - 1.0), 1.0 - (u - s))
-        fix = near.select(0.0, lost / u)
+        fix = near.select(0.0, _lost(u, s) / u)
     z = q * q
     tail = z.of(first)
     for coefficient in others:
@@ -1229,8 +1233,8 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
         lo = hi.of(0.0)
     else:
         # what the sum and the quotient rounded away, relative to the quotient
-        lost = rest.compare("<", 1.0).select(rest - (total - 1.0), 1.0 - (total - rest))
-        lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total + error)
+        lost = ((-unit).call("fma", total, scale) / unit - _lost(total, rest)) / total
+        lo = hi * (lost + error)
         lo = unit.compare("==", 0.0).select(0.0, lo)
     hi, lo, down = (v.rounded(bits) for v in (hi, lo, down))
     tiny = small.select(hi.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
@@ -1482,8 +1486,9 @@ def _brier(x, gap, rest, squares):
     total = rest + 1.0
     term, counts = _term(-gap, gap.of(0.0))
     e = counts.select(term, 0.0) * 2.0 ** -_SUM_SHIFT[64]
-    others = _others(gap, e, rest) / total
-    return _if_finite(gap, squares / (total * total) + others * others)
+    others = _others(gap, e, rest)
+    squared = _fma(total, total, 2.0 * total * _lost(total, rest))
+    return _if_finite(gap, _fma(others, others, squares) / squared)
 
 
 @_emits(_doubles)
@@ -3305,7 +3310,7 @@ def _more(
     t = (0, 0, 0, 0) if probs is None else (_address(probs), *_strides(probs))
     return _More(
         wanted if stats is None else ("stats",),
-        t[3] <= 1,
+        probs is None or t[3] == 1,
         (
             *((0, 0) if row_weights is None else (_address(row_weights), row_weights.strides[0] // 8)),
             *(_address_or_0(id_weights), *t, _address_or_0(weight)),
