@@ -25,6 +25,7 @@ import functools
 import inspect
 import math
 import platform
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -617,6 +618,11 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     return _fma(t, power, power), d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
 
 
+def _lost(total: _Value, s: _Value) -> _Value:
+    """Return what the sum of 1 and s >= 0 rounded away."""
+    return s.compare("<", 1.0).select(s - (total - 1.0), 1.0 - (total - s))
+
+
 def _log1p(s: _Value, bits: int) -> _Value:
     """log(1 + s) of doubles >= 0; good to 2^-28 where the result is rounded to 32 bits."""
     u = s + 1.0
@@ -635,8 +641,7 @@ def _log1p(s: _Value, bits: int) -> _Value:
         fix = s.of(0.0)
     else:
         q = f / (f + 2.0)
-        lost = s.compare("<", 1.0).select(s - (u - 1.0), 1.0 - (u - s))
-        fix = near.select(0.0, lost / u)
+        fix = near.select(0.0, _lost(u, s) / u)
     z = q * q
     tail = z.of(first)
     for coefficient in others:
@@ -1229,8 +1234,8 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
         lo = hi.of(0.0)
     else:
         # what the sum and the quotient rounded away, relative to the quotient
-        lost = rest.compare("<", 1.0).select(rest - (total - 1.0), 1.0 - (total - rest))
-        lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total + error)
+        lost = ((-unit).call("fma", total, scale) / unit - _lost(total, rest)) / total
+        lo = hi * (lost + error)
         lo = unit.compare("==", 0.0).select(0.0, lo)
     hi, lo, down = (v.rounded(bits) for v in (hi, lo, down))
     tiny = small.select(hi.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
@@ -1482,8 +1487,15 @@ def _brier(x, gap, rest, squares):
     total = rest + 1.0
     term, counts = _term(-gap, gap.of(0.0))
     e = counts.select(term, 0.0) * 2.0 ** -_SUM_SHIFT[64]
-    others = _others(gap, e, rest) / total
-    return _if_finite(gap, squares / (total * total) + others * others)
+    others = _others(gap, e, rest)
+    # a quotient of sums that keep what they round away: half of the error would come from here
+    square, divisor = others * others, total * total
+    dividend, left = _two_sum(square, squares)
+    left = left + others.call("fma", others, -square)
+    more = total.call("fma", total, -divisor) + 2.0 * total * _lost(total, rest)
+    quotient = dividend / divisor
+    left = (-quotient).call("fma", divisor, dividend) + (left - quotient * more)
+    return _if_finite(gap, quotient + left / divisor)
 
 
 @_emits(_doubles)
@@ -3236,17 +3248,15 @@ class NumbaKernels(Kernels):
         num_threads: int,
     ) -> int:
         """See `fastce.kernels.Kernels.rows`."""
+        write = None if scale is None or grad is None else (grad, scale, stream, False)
         places = _address(targets), _address(losses), _address(tile_sums)
         task = logits, first_row, len(targets), places, num_threads
-        write = None if scale is None or grad is None else _Write(grad, scale, stream, False)
         if row_weights is None and soft is None and stats is None:
             return _run(*task, write, None)
-        if stats is None or write is None:
-            return _run(*task, write, _more(logits, row_weights, soft, stats))
-        _run(
-            *task, None, _more(logits, row_weights, None, stats)
-        )  # the gradient may overwrite the logits
-        return _run(*task, write, _more(logits, row_weights, None, None))
+        if stats is not None and write is not None:  # which may take the place of the logits
+            _run(*task, None, _more(logits, row_weights, None, stats))
+            stats = None
+        return _run(*task, write, _more(logits, row_weights, soft, stats))
 
     def softmax(
         self,
@@ -3260,17 +3270,7 @@ class NumbaKernels(Kernels):
         num_threads: int,
     ) -> None:
         """See `fastce.kernels.Kernels.softmax`."""
-        write = _Write(out, _ONE, stream, log)
-        _run(logits, first_row, n_rows, (0, 0, 0), num_threads, write, None)
-
-
-class _Write(NamedTuple):
-    """What is written in the shape of the logits."""
-
-    grad: NDArray[Any]
-    scale: NDArray[np.float64]
-    stream: bool
-    log: bool
+        _run(logits, first_row, n_rows, (0, 0, 0), num_threads, (out, _ONE, stream, log), None)
 
 
 _ONE = np.broadcast_to(np.float64(1.0), 2)  # the scale of a softmax
@@ -3281,8 +3281,7 @@ class _More(NamedTuple):
 
     wanted: tuple[str, ...]  # of kernels
     direct: bool  # whether probabilities of a row lie side by side
-    words: tuple[int, ...]  # of the job
-    numbers: tuple[float, ...]
+    words: tuple[float, ...]  # of the job
     weight: NDArray[Any] | None  # which the job refers to
 
 
@@ -3294,7 +3293,9 @@ def _more(
 ) -> _More:
     n_classes = logits.shape[2]
     probs, weight, smoothing = soft or Soft(None, None, 0.0)
-    id_weights, wanted, share = None, (), smoothing / n_classes
+    share = smoothing / n_classes
+    wanted: tuple[str, ...] = () if stats is None else ("stats",)
+    id_weights = None
     if probs is None and smoothing == 0.0:
         weight, id_weights = None, weight
     else:
@@ -3303,17 +3304,17 @@ def _more(
     if weight is not None and n_classes <= _NARROW:  # a vector for each class
         weight = np.repeat(weight, _lanes_of(_DTYPES[logits.dtype]))
     t = (0, 0, 0, 0) if probs is None else (_address(probs), *_strides(probs))
-    return _More(
-        wanted if stats is None else ("stats",),
-        t[3] <= 1,
-        (
-            *((0, 0) if row_weights is None else (_address(row_weights), row_weights.strides[0] // 8)),
-            *(_address_or_0(id_weights), *t, _address_or_0(weight)),
-            *map(_address_or_0, stats or Stats()),
+    words = (
+        *((0, 0) if row_weights is None else (_address(row_weights), row_weights.strides[0] // 8)),
+        *(_address_or_0(id_weights), *t, _address_or_0(weight)),
+        *map(_address_or_0, stats or Stats()),
+        *(
+            (0.0, share, share, 1.0 - smoothing)
+            if probs is None
+            else (1.0 - smoothing, share, 1.0, 0.0)
         ),
-        (0.0, share, share, 1.0 - smoothing) if probs is None else (1.0 - smoothing, share, 1.0, 0.0),
-        weight,
     )
+    return _More(wanted, probs is None or t[3] == 1, words, weight)
 
 
 def _address_or_0(array: NDArray[Any] | None) -> int:
@@ -3326,48 +3327,47 @@ def _run(
     n_rows: int,
     places: tuple[int, int, int],
     num_threads: int,
-    write: _Write | None,
+    write: tuple[NDArray[Any], NDArray[np.float64], bool, bool] | None,
     more: _More | None,
 ) -> int:
-    """Run the kernels for some rows, whose targets, losses and sums of tiles have these addresses."""
+    """Run the kernels for some rows, whose targets, losses and sums of tiles have these addresses.
+
+    ``write`` says what to write where the logits have their shape: a gradient, its scale, whether it is
+    to pass by the caches, and whether it is the logarithm of a softmax.
+    """
     if n_rows == 0:
         return 0
     _, inner, n_classes = logits.shape
     x_strides = _strides(logits)
     wanted: tuple[str, ...] = () if more is None else more.wanted
     direct = x_strides[2] == 1 and (more is None or more.direct)
-    if write is None:
-        outputs = 0, 0, 0, 0, 0, 0, False, False
-    else:
-        g_strides = _strides(write.grad)
+    outputs: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
+    if write is not None:
+        grad, scale, stream, log = write
+        g_strides = _strides(grad)
         wanted, direct = ("grad", *wanted), direct and g_strides[2] == 1
-        stream = write.stream and n_classes * logits.itemsize >= _STREAM_BYTES
-        step = write.scale.strides[0] // 8
-        outputs = _address(write.scale), step, _address(write.grad), *g_strides, stream, write.log
-    plan = _plan(n_classes, direct, wanted)
-    n_parts = -(-n_classes // _PART)
-    n_items = -(-n_rows // plan.item_rows) * n_parts
-    n_states = n_rows * n_parts * _STATE if n_parts > 1 else 0  # a multiple of 8, as all sizes here
+        stream = stream and n_classes * logits.itemsize >= _STREAM_BYTES
+        outputs = _address(scale), scale.strides[0] // 8, _address(grad), *g_strides, stream, log
+    plan = _plan(logits.dtype, n_classes, direct, wanted)
+    n_items = -(-n_rows // plan.item_rows) * plan.n_parts
+    # a multiple of 8, as all sizes here
+    n_states = n_rows * plan.n_parts * _STATE if plan.n_parts > 1 else 0
     workers = max(1, min(num_threads, n_items))
     with _Memory(_JOB_WORDS + n_states + workers * plan.scratch_size) as memory:
         states = memory.address + 8 * _JOB_WORDS
-        memory.words[: len(_JOB)] = (
-            *(_address(logits), *x_strides, inner, first_row, n_rows, n_classes),
-            *(*places, tile_rows(n_classes), plan.item_rows),
+        _pack_job(
+            *(memory.words, 0, _address(logits), *x_strides, inner, first_row, n_rows, n_classes),
+            *(*places, plan.tile_rows, plan.item_rows),
             *outputs,
-            *(states + 8 * n_states, plan.scratch_size, states, n_parts),
+            *(states + 8 * n_states, plan.scratch_size, states, plan.n_parts),
             more is not None,
         )
         if more is not None:
-            memory.words[len(_JOB) : len(_JOB) + len(more.words)] = more.words
-            numbers = memory.words[len(_JOB) + len(more.words) :][:_NUMBERS]
-            numbers.view(np.float64)[:] = more.numbers
+            _pack_more(memory.words, 8 * len(_JOB), *more.words)
         counted = 0
-        for kernel, of in plan.kernels:
-            function = _address_of(kernel, logits.dtype, of)
-            if workers == 1 or kernel is _long_merge:
-                items = 1 if kernel is _long_merge else n_items
-                counted += _run_serially(function, memory.address, items)
+        for function, is_merge in plan.functions:
+            if workers == 1 or is_merge:
+                counted += _run_serially(function, memory.address, 1 if is_merge else n_items)
             else:
                 counted += _run_parallel(function, memory, n_items, workers)
         return counted
@@ -3417,16 +3417,22 @@ def _elements() -> Any:
     return numba_elements
 
 
+_pack_job = struct.Struct(f"{len(_JOB)}q").pack_into
+_pack_more = struct.Struct(f"{len(_MORE) - _NUMBERS}q{_NUMBERS}d").pack_into
+
+
 class _Plan(NamedTuple):
     """How rows of some width and layout are computed."""
 
-    kernels: tuple[tuple[Callable[..., None], tuple[str, ...]], ...]  # one after the other
+    functions: tuple[tuple[int, bool], ...]  # one after the other; whether it merges parts, as one item
+    tile_rows: int
     item_rows: int  # rows in an item of work
+    n_parts: int  # of a row
     scratch_size: int  # words of each worker
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(n_classes: int, direct: bool, wanted: tuple[str, ...]) -> _Plan:
+def _plan(dtype: np.dtype[Any], n_classes: int, direct: bool, wanted: tuple[str, ...]) -> _Plan:
     """Choose kernels; ``direct`` says that the classes of a row lie side by side."""
     item_rows, kept = tile_rows(n_classes), 0
     if n_classes <= _NARROW:
@@ -3447,13 +3453,17 @@ def _plan(n_classes: int, direct: bool, wanted: tuple[str, ...]) -> _Plan:
         work = _WORK + _TALL * (-(-n_classes // _BLOCK) + _PITCH)
     if n_classes > _PART:
         read = tuple(name for name in wanted if name != "grad")
-        kernels: tuple[Any, ...] = (_long_read, read), (_long_merge, read)
-        kernels += ((_long_write, wanted),) if "grad" in wanted else ()
+        kernels = [(_long_read, read), (_long_merge, read), (_long_write, wanted)]
+        kernels = kernels[: 3 if "grad" in wanted else 2]
     else:
-        kernels = ((kernel, wanted),)
+        kernels = [(kernel, wanted)]
+    functions = ((_address_of(kernel, dtype, of), kernel is _long_merge) for kernel, of in kernels)
     if not direct:  # rows in the lanes of a vector
         item_rows *= -(-_FETCHED // item_rows)
-    return _Plan(kernels, item_rows, -(-(work + kept) // 8) * 8)
+    scratch_size = -(-(work + kept) // 8) * 8
+    return _Plan(
+        tuple(functions), tile_rows(n_classes), item_rows, -(-n_classes // _PART), scratch_size
+    )
 
 
 def _strides(array: NDArray[Any]) -> tuple[int, int, int]:
