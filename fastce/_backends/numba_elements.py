@@ -519,7 +519,7 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A(z)), z = s^2, and the whole
     (p - q) (s + (s + z) s A). So to a ratio of 3; beyond, where log(p/q) is no longer nearly 1 - q/p,
-    from numbers without their exponents, whose s is as small, and with terms added to the logarithm.
+    it is p (log(p/q) - 1) + q, the logarithm from numbers without their exponents.
     """
     bits, mantissa = p.bits, _MANTISSA[p.bits]
     (i, x), (j, y) = _split(p), _split(q)
@@ -534,9 +534,9 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
     twice = s + s
     log = _fma(k, _LN2_HI[bits], twice + _fma(twice * z, tail, k * float.fromhex(_LN2_LO[bits])))
     log = q.compare(">", 0.0).select(log, math.inf)
-    factor = near.select(_fma(_fma(s, s, s) * tail, s, s), log).double()
-    p, more = p.double(), p.double() - q.double()
-    return _fma(near.select(more, p), factor, near.select(0.0, -more))
+    factor = near.select(_fma(_fma(s, s, s) * tail, s, s), log - 1.0).double()
+    p, q = p.double(), q.double()
+    return _fma(near.select(p - q, p), factor, near.select(0.0, q))
 
 
 @_emits(_several(*[_doubles] * 6))

@@ -162,11 +162,11 @@ class NumpyKernels(Kernels):
             b = a if q is None else _widened(q[where])
             n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
-                terms = _kl_terms(a, b) * log_scale(base)[1]
-                excess = a.sum(axis=1) - b.sum(axis=1)
-                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(a.sum(axis=1), b.sum(axis=1))
+                (sum_a, lost_a), (sum_b, lost_b) = _sums(a), _sums(b)
+                excess = (sum_a - sum_b) + (lost_a - lost_b)
+                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(sum_a, sum_b)
                 excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
-                out[at] = terms.sum(axis=1) + excess * log_scale(base)[1]
+                out[at] = (_kl_terms(a, b).sum(axis=1) + excess) * log_scale(base)[1]
             else:
                 out[at] = np.where(a == 0, 0.0, a * -_log(b, base)).sum(axis=1) + 0.0
         return n_bad
@@ -255,15 +255,21 @@ def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
     m = x[n, top]
-    # x - m = d + r exactly (Knuth's TwoSum); where d is infinite there is no r
-    d = x - m[:, None]
-    x1 = d + m[:, None]
-    m1 = x1 - d
-    r = (x - x1) - (m[:, None] - m1)
+    d, r = _difference(x, m[:, None])
     exps = np.exp(d)
-    exps += np.where(np.isneginf(d), 0.0, exps * r)
+    exps += exps * r
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
     return _Rows(x, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+
+
+def _difference(
+    a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return d and r with a - b = d + r exactly (Knuth's TwoSum); r is 0 where d is infinite."""
+    d = a - b
+    a1 = d + b
+    b1 = a1 - d
+    return d, np.where(np.isfinite(d), (a - a1) - (b - b1), 0.0)
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -372,20 +378,37 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 
 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
-    a, b = _softmax(p), _softmax(q)
     m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
-    shift = (np.log1p(p.rest) - np.log1p(q.rest))[:, None]
-    d = ((p.x - m_p) - (q.x - m_q)) - shift
-    near = np.abs(d) < 1
-    terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
-    terms = np.where(a == 0, b, terms)  # d may be NaN then, or -inf
-    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, terms.sum(axis=1))
+    a, b = _softmax(p), _softmax(q)
+    difference, rounded = _difference(p.x, q.x)
+    more = np.abs(p.rest - q.rest) / (1.0 + np.minimum(p.rest, q.rest))
+    gap, low = _difference(m_p, m_q)
+    gap, lower = _difference(gap, (np.copysign(np.log1p(more), q.rest - p.rest))[:, None])
+    low = low + lower
+    found = _divergence_terms(a, b, (difference - gap) + (rounded - low))
+    value = found[0]
+    # An error of the logarithms cancels in the divergence but for its square, which counts where the d
+    # themselves are hardly larger. Then it is seen: the mean of d under p must be the divergence.
+    small = (value > 0) & (value < 2.0**-46)
+    low = low + np.where(small, found[1] - value, 0.0)[:, None]
+    value = np.where(small, _divergence_terms(a, b, (difference - gap) + (rounded - low))[0], value)
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, value)
+
+
+def _divergence_terms(
+    p: NDArray[np.float64], q: NDArray[np.float64], d: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sums of p (exp(-d) - 1 + d), and of p d."""
+    near = np.abs(d) < 2
+    terms = np.where(near, p * _excess(np.where(near, d, 0.0)), q + p * (d - 1.0))
+    terms = np.where(p == 0, q, terms)  # d may be NaN then, or -inf
+    return terms.sum(axis=1), np.where(p == 0, 0.0, p * d).sum(axis=1)
 
 
 def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp(-d) - 1 + d for |d| <= 1, by its series: d^2 / 2 - d^3 / 6 + ..."""
+    """exp(-d) - 1 + d for |d| <= 2, by its series: d^2 / 2 - d^3 / 6 + ..."""
     term, total = d * d / 2, np.zeros_like(d)
-    for k in range(3, 20):
+    for k in range(3, 27):
         total += term
         term = term * (-d / k)
     return total
@@ -406,18 +429,31 @@ def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.floa
     """Return p log(p/q) - p + q, without cancellation.
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p + q) z (1 + s (1 + s) A).
+    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A).
     """
     s = (p - q) / (p + q)
     z = s * s
-    near = z <= 1 / 9
+    near = z <= 1 / 4
     a, power = np.zeros_like(z), np.ones_like(z)
-    for k in range(3, 37, 2):
+    for k in range(3, 57, 2):
         a += power / k
         power = power * np.where(near, z, 0.0)
-    close = (p + q) * z * (1 + s * (1 + s) * a)
-    far = p * (np.log(p) - np.log(q)) - (p - q)
+    close = (p - q) * s * (1 + s * (1 + s) * a)
+    (x, i), (y, j) = np.frexp(p), np.frexp(q)
+    far = p * (((i - j) * np.log(2.0) + np.log(x / y)) - 1) + q  # - 1 is exact where it cancels
     return np.where(p == 0, q, np.where(near, close, far))
+
+
+def _sums(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sums of rows, and what they lost to rounding."""
+    lost = np.zeros(len(x))
+    while x.shape[1] > 1:
+        half = (x.shape[1] + 1) // 2
+        a, b = x[:, :half], np.zeros((len(x), half))
+        b[:, : x.shape[1] - half] = -x[:, half:]
+        x, r = _difference(a, b)
+        lost += r.sum(axis=1)
+    return x[:, 0], lost
 
 
 def _epsilon(p: NDArray[Any]) -> float:
