@@ -133,9 +133,11 @@ def logsumexp(
     TypeError, ValueError, BackendUnavailable
         As `fastce.cross_entropy`.
 
-    Notes ----- -inf alone gives -inf, +inf without NaN gives +inf. Where the sum is next to 1, so that
-    its logarithm is next to 0, the result is as accurate as the larger of its two terms, the maximum
-    and the rest.
+    Notes
+    -----
+    -inf alone gives -inf, +inf without NaN gives +inf. Where the sum is next to 1, so that its
+    logarithm is next to 0, the result is as accurate as the larger of its two terms, the maximum and
+    the rest.
 
     Examples
     --------

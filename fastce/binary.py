@@ -15,12 +15,16 @@ from fastce.problem import (
     Format,
     Operand,
     check_base,
+    check_loss_dtype,
     check_out,
     check_reduction,
     elementwise,
     finite_numbers,
+    format_beside,
     format_of,
+    place,
     real_numbers,
+    unraveled,
     widened,
 )
 
@@ -90,10 +94,11 @@ def binary_cross_entropy_with_logits(
     --------
     binary_cross_entropy : The same of probabilities.
 
-    Notes ----- With a = pos_weight * t and b = 1 - t the loss is :math:`a \log(1 + e^{-x}) + b \log(1 +
-    e^x)`, computed from :math:`e^{-|x|}`: neither term loses digits, at most 4 ULP for float64 logits
-    and 5 for float32. Infinite logits give the limits, 0 or +inf, also with ``pos_weight``; NaN gives
-    NaN.
+    Notes
+    -----
+    With a = pos_weight * t and b = 1 - t the loss is :math:`a \log(1 + e^{-x}) + b \log(1 + e^x)`,
+    computed from :math:`e^{-|x|}`: neither term loses digits, at most 4 ULP for float64 logits and 5
+    for float32. Infinite logits give the limits, 0 or +inf, also with ``pos_weight``; NaN gives NaN.
 
     Examples
     --------
@@ -287,7 +292,7 @@ def _run(
         raise ValueError(f"targets: expected the shape of {name}, {x.shape}; got {t.shape}")
     if t.dtype.kind in "biu" and not (dtype is not None and t.dtype == np.uint16):
         t = _as_numbers(t, own)
-    of_targets = format_of(t, "targets", dtype)
+    of_targets = format_beside(t, "targets", dtype)
     check_reduction(reduction)
     unit = check_base(base)
     other_out = with_grad and out is not None and format_of(out, "out", _bits(out, x)) is not own
@@ -331,6 +336,7 @@ def _run(
     if out is not None and not with_grad:
         if reduction != "none":
             raise ValueError(f"out: takes the losses, which needs reduction='none'; got {reduction!r}")
+        check_loss_dtype(out)
         check_out(out, x.shape, [(name, x), ("targets", t)], None)
     if reduction == "none":
         losses = np.empty(x.shape, format.result)
@@ -382,7 +388,7 @@ def _as_numbers(t: _Array, own: Format) -> _Array:
     """Return integers or booleans as numbers of the logits' dtype, which has 0 and 1."""
     outside = (t < 0) | (t > 1) if t.dtype.kind != "b" else np.zeros(1, bool)
     if outside.any():
-        raise _target_error(t, outside)
+        raise _outside_error("targets", t, outside)
     return t.astype(np.float32 if own.name == "bfloat16" else own.memory)
 
 
@@ -400,20 +406,14 @@ def _invalid(x: _Array, t: _Array, name: str, from_logits: bool) -> ValueError:
     numbers = widened(t)
     outside = ~((numbers >= 0) & (numbers <= 1))
     if outside.any():
-        return _target_error(numbers, outside)
+        return _outside_error("targets", numbers, outside)
     numbers = widened(x)
     outside = (numbers < 0) | (numbers > 1)
     if outside.any():
-        where, at = _first(outside)
-        return ValueError(f"{name}{where} = {numbers[at]}: expected a probability in [0, 1]")
+        return _outside_error(name, numbers, outside)
     return ValueError(f"{name}: changed while they were read")
 
 
-def _target_error(t: _Array, outside: NDArray[np.bool_]) -> ValueError:
-    where, at = _first(outside)
-    return ValueError(f"targets{where} = {t[at]}: expected a probability in [0, 1]")
-
-
-def _first(found: NDArray[np.bool_]) -> tuple[str, Any]:
-    at = np.unravel_index(int(found.argmax()), found.shape)
-    return (f"[{', '.join(map(str, at))}]" if at else ""), at
+def _outside_error(name: str, numbers: _Array, outside: NDArray[np.bool_]) -> ValueError:
+    at = unraveled(outside.argmax(), outside.shape)
+    return ValueError(f"{place(name, at)} = {numbers[at]}: expected a probability in [0, 1]")

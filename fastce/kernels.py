@@ -37,8 +37,10 @@ Softmax
     ``p_j``, or ``-((m - x_j) + log1p(s))``. NaN in a row that is not finite, as the gradient.
 KL divergence from logits
     ``sum_j p_j (exp(-d_j) - 1 + d_j)`` with ``d_j = log p_j - log q_j``: no term is negative, and each
-    is 0 where the two agree. A class with p_j = 0 contributes q_j. NaN if a row of either is not
-    finite; +inf if p_j > 0 where q has a logit of -inf.
+    is 0 where the two agree. A class with p_j = 0 contributes q_j. Of rows that are close nearly all of
+    d_j cancels: what its subtractions round away is carried, and the error common to all d_j, s, which
+    adds s^2 / 2, is taken from what it does to the sum of q_j - p_j, and subtracted. NaN if a row of
+    either is not finite; +inf if q has a logit of -inf where p has none, however small that p_j.
 Measures of distributions
     Of probabilities as given, whatever their sum: ``sum -p log p``, ``sum -p log q``,
     ``sum p log(p / q)``, with 0 log 0 = 0. The last is computed as ``sum (p log(p/q) - p + q)``, whose
@@ -160,11 +162,12 @@ class Kernels(Protocol):
         max_elements: int,
         wants_losses: bool,
         grad_scale: float | None,
+        out: object,
     ) -> tuple[float | NDArray[Any], NDArray[Any] | None] | None:
         """Do the whole of a small call, if no argument needs conversion and all targets are classes.
 
-        Returns the sum of the losses, or the losses, with the gradient if a scale was given for it; or
-        None, where `fastce.problem.check` has to see the arguments first. Always None but where it
+        Returns the sum of the losses, or the losses, with the gradient if a scale was given for it, in
+        ``out`` if that is an array; or None, and nothing written, where `fastce.problem.check` has to see the arguments first. Always None but where it
         saves time: at 8 x 10, checking and preparing takes ten times as long as the rows.
         """
         return None

@@ -24,6 +24,7 @@ from fastce.problem import (
     grad_view,
     narrowed,
     sliced,
+    unraveled,
     widened,
 )
 
@@ -185,7 +186,7 @@ def cross_entropy(
     """
     plain = all(option is None for option in (out, weight, sample_weight, normalizer, base, dtype))
     if plain and axis == -1 and label_smoothing == 0.0 and reduction in REDUCTIONS:
-        done = _plain(logits, targets, ignore_index, reduction, False, num_threads, backend)
+        done = _plain(logits, targets, ignore_index, reduction, False, None, num_threads, backend)
         if done is not None:
             return done[0]
     problem = check(
@@ -274,10 +275,10 @@ def cross_entropy_with_grad(
     >>> grad
     array([[ 0.5, -0.5]])
     """
-    options = (out, weight, sample_weight, normalizer, base, grad_output, dtype)
+    options = (weight, sample_weight, normalizer, base, grad_output, dtype)
     plain = all(option is None for option in options)
     if plain and axis == -1 and label_smoothing == 0.0 and reduction in REDUCTIONS:
-        done = _plain(logits, targets, ignore_index, reduction, True, num_threads, backend)
+        done = _plain(logits, targets, ignore_index, reduction, True, out, num_threads, backend)
         if done is not None and done[1] is not None:
             return done[0], done[1]
     problem = check(
@@ -316,6 +317,7 @@ def _plain(
     ignore_index: int | None,
     reduction: str,
     with_grad: bool,
+    out: object,
     num_threads: int | None,
     backend: str | None,
 ) -> tuple[float | _Array, _Array | None] | None:
@@ -334,6 +336,7 @@ def _plain(
         threads.SERIAL_ELEMENTS,
         reduction == "none",
         None if not with_grad else 1.0 / len(logits) if mean else 1.0,
+        out,
     )
     if done is None or not mean:
         return done
@@ -447,8 +450,10 @@ def nll_loss(
     --------
     cross_entropy : The same of logits, in one pass.
 
-    Notes ----- ``-weight[target] * sample_weight * log_probs[target]`` of each row; nothing else in the
-    row is read. One number a row is all the work, so there is no choice of backend and threads.
+    Notes
+    -----
+    ``-weight[target] * sample_weight * log_probs[target]`` of each row; nothing else in the row is
+    read. One number a row is all the work, so there is no choice of backend and threads.
 
     Examples
     --------
@@ -531,7 +536,7 @@ def nll_loss_with_grad(
     grad = np.moveaxis(out, problem.axis, -1)
     kept = np.flatnonzero(problem.kept())
     values = narrowed(0.0 - scale[kept], out.dtype)
-    grad[(*np.unravel_index(kept, problem.batch_shape), problem.targets[kept])] = values
+    grad[(*unraveled(kept, problem.batch_shape), problem.targets[kept])] = values
     total = 0.0 if reduction == "none" else array_sum(losses.astype(np.float64))
     reduced = _reduce(
         total, losses if reduction == "none" else None, problem, n_kept, reduction, normalizer
@@ -569,7 +574,7 @@ def _picked(problem: Problem) -> _Array:
     """Return the losses of the rows, from the targets' log-probabilities."""
     losses = np.zeros(problem.n_rows, problem.dtype)
     kept = np.flatnonzero(problem.kept())
-    at = (*np.unravel_index(kept, problem.batch_shape), problem.targets[kept])
+    at = (*unraveled(kept, problem.batch_shape), problem.targets[kept])
     with np.errstate(invalid="ignore"):  # a weight of 0 times -inf, made 0 below
         loss = 0.0 - widened(problem.rows.array[at])  # 0 - 0 is not -0
         weights = problem.row_weights()

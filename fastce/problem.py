@@ -99,9 +99,11 @@ class RowView:
         self.array[self._index(rows)] = block[0]
 
     def _index(self, rows: slice) -> Any:
+        if self.array.ndim == 1:
+            return np.newaxis
         if self.array.ndim == 2:
             return rows
-        return np.unravel_index(np.arange(rows.start, rows.stop), self.array.shape[:-1])
+        return unraveled(np.arange(rows.start, rows.stop), self.array.shape[:-1])
 
 
 class Problem(NamedTuple):
@@ -153,11 +155,11 @@ class Problem(NamedTuple):
         ignored = (y == self.ignore_index) if self.ignore_index is not None else np.zeros(y.shape, bool)
         bad = ~(inside | ignored)
         if bad.any():
-            first = int(bad.argmax())
-            where = ", ".join(map(str, np.unravel_index(first, self.batch_shape)))
+            first = bad.argmax()
             value = int(y[first])
             raise IndexError(
-                f"targets[{where}] = {value} is outside [0, {n_classes}); "
+                f"{place('targets', unraveled(first, self.batch_shape))} = {value} is outside "
+                f"[0, {n_classes}); "
                 f"pass ignore_index={value} if it is padding"
             )
         if self.sample_weight is not None:
@@ -287,7 +289,11 @@ def elementwise(
                 piece = [part[start : start + most] for part in whole]
                 work = [
                     part if o.own is o.format else widened(part).astype(o.format.memory)
-                    for part, o in zip(piece, operands, strict=True)
+                    for part, o in zip(piece, inputs, strict=False)
+                ]
+                work += [
+                    part if o.own is o.format else np.empty(part.shape, o.format.memory)
+                    for part, o in zip(piece[len(inputs) :], outputs, strict=True)
                 ]
                 yield work[: len(inputs)], work[len(inputs) :]
                 for part, done in list(zip(piece, work, strict=True))[len(inputs) :]:
@@ -325,7 +331,7 @@ def check_pair(
     """Check two arrays of rows of one shape, and return them in one format."""
     problem = check_rows(p, axis=axis, dtype=dtype, name=names[0])
     other = np.asarray(q)
-    own = format_of(other, names[1], dtype)
+    own = format_beside(other, names[1], dtype)
     if other.shape != np.shape(p):
         raise ValueError(
             f"{names[1]}: expected the shape of {names[0]}, {np.shape(p)}; got {other.shape}"
@@ -498,9 +504,18 @@ def invalid_probs(
         bad &= np.expand_dims(kept.reshape(np.delete(p.shape, axis)), axis)
     if not bad.any():
         return None
-    where = np.unravel_index(int(bad.argmax()), p.shape)
-    at = f"[{', '.join(map(str, where))}]" if where else ""
-    return ValueError(f"{name}{at} = {p[where]}: expected a probability, neither negative nor NaN")
+    at = unraveled(bad.argmax(), p.shape)
+    return ValueError(f"{place(name, at)} = {p[at]}: expected a probability, neither negative nor NaN")
+
+
+def unraveled(flat: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return what numpy.unravel_index would, which refuses arrays of indices for the shape ()."""
+    return np.unravel_index(flat, shape) if shape else ()
+
+
+def place(name: str, at: tuple[Any, ...]) -> str:
+    """Return how an array's element is written."""
+    return f"{name}[{', '.join(map(str, at))}]" if at else name
 
 
 def check_reduction(reduction: str) -> None:
@@ -520,7 +535,14 @@ def check_losses_out(out: NDArray[Any], problem: Problem, reduction: str) -> Non
 
 def check_result_out(out: NDArray[Any], problem: Problem) -> None:
     """Check the array that is to receive one number for each row."""
+    check_loss_dtype(out)
     check_out(out, problem.batch_shape, _inputs(problem))
+
+
+def check_loss_dtype(out: object) -> None:
+    """Check that an array has a dtype of losses, which is not that of half logits."""
+    if isinstance(out, np.ndarray) and out.dtype not in (_F32, _F64):
+        raise TypeError(f"out: expected dtype float32 or float64, got {out.dtype}")
 
 
 def check_grad_out(out: NDArray[Any], problem: Problem, shape: tuple[int, ...]) -> None:
@@ -634,6 +656,11 @@ def format_of(array: NDArray[Any], name: str, dtype: DTypeLike | None) -> Format
         )
         raise TypeError(f"{name}: expected dtype {_NAMES}, got {array.dtype}; {remedy}")
     return found
+
+
+def format_beside(array: NDArray[Any], name: str, dtype: DTypeLike | None) -> Format:
+    """Return the format of an array beside the logits, which may be of another dtype than ``dtype``."""
+    return format_of(array, name, dtype if array.dtype == np.uint16 else None)
 
 
 def _other_dtype(out: object, logits: NDArray[Any]) -> bool:

@@ -88,9 +88,11 @@ def row_stats(
     TypeError, IndexError, BackendUnavailable
         As `cross_entropy`.
 
-    Notes ----- Entropy and Brier score are sums of positive terms, as accurate as the loss where a row
-    is nearly certain: ``log(sum) + sum_j p_j (m - x_j)`` with the maximum m, and the squares of the
-    other classes' probabilities and of their sum.
+    Notes
+    -----
+    Entropy and Brier score are sums of positive terms, as accurate as the loss where a row is nearly
+    certain: ``log(sum) + sum_j p_j (m - x_j)`` with the maximum m, and the squares of the other
+    classes' probabilities and of their sum.
 
     Examples
     --------

@@ -26,6 +26,8 @@ from fastce.kernels import (
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
 _BLOCK_ELEMENTS = 65_536
+# log(2) in two parts, the first of 33 bits, so that its products with small integers are exact
+_LN2 = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 
 
 class _Rows(NamedTuple):
@@ -81,8 +83,9 @@ class NumpyKernels(Kernels):
             if soft is None:
                 loss = _loss(rows)
             else:
-                shares = _shares(rows, soft, where)
-                n_bad += _count(~(shares >= 0).all(axis=1))
+                t = _given_shares(rows, soft, where)
+                n_bad += _count(~(t >= 0).all(axis=1))
+                shares = _weighed(t, soft)
                 loss = _soft_loss(rows, shares)
             if row_weights is not None:
                 loss = np.where(
@@ -162,13 +165,13 @@ class NumpyKernels(Kernels):
             b = a if q is None else _widened(q[where])
             n_bad += _count(~((a >= 0) & (b >= 0)).all(axis=1))
             if measure == "kl_divergence":
-                (sum_a, lost_a), (sum_b, lost_b) = _sums(a), _sums(b)
-                excess = (sum_a - sum_b) + (lost_a - lost_b)
-                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(sum_a, sum_b)
+                terms = _kl_terms(a, b) * log_scale(base)[1]
+                excess = _sum(a - b)
+                rounding = SUMS_AGREE * _epsilon(p) * np.maximum(_sum(a), _sum(b))
                 excess = np.where(np.abs(excess) <= rounding, 0.0, excess)
-                out[at] = (_kl_terms(a, b).sum(axis=1) + excess) * log_scale(base)[1]
+                out[at] = _sum(terms) + excess * log_scale(base)[1]
             else:
-                out[at] = np.where(a == 0, 0.0, a * -_log(b, base)).sum(axis=1) + 0.0
+                out[at] = _sum(np.where(a == 0, 0.0, a * -_log(b, base))) + 0.0
         return n_bad
 
     @np.errstate(all="ignore")
@@ -215,7 +218,9 @@ class NumpyKernels(Kernels):
             rounded = loss.astype(np.float64 if x.dtype == np.float64 else np.float32)
             if losses is not None:
                 losses[some] = rounded
-            sums[tile] = exact_sum(rounded.tolist()), 0.0
+            found = rounded.tolist()
+            sums[tile, 0] = exact_sum(found)
+            sums[tile, 1] = exact_sum([*found, -sums[tile, 0]]) if np.isfinite(sums[tile, 0]) else 0.0
             if grad is not None:
                 s = np.ones(len(v)) if scale is None else scale[some].astype(np.float64)
                 slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
@@ -251,6 +256,21 @@ def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
     return ((bits + (0x7FFF + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype(dtype)
 
 
+def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each row, by halves, with what is rounded away on the way."""
+    lost = np.zeros(len(terms))
+    while (n := terms.shape[1]) > 1:
+        a, b = terms[:, : n // 2], terms[:, n // 2 : n // 2 * 2]
+        sums = a + b
+        b1 = sums - a
+        lost += ((a - (sums - b1)) + (b - b1)).sum(axis=1)
+        terms = np.concatenate([sums, terms[:, -1:]], axis=1) if n % 2 else sums
+    if not terms.shape[1]:
+        return lost
+    total = terms[:, 0]
+    return total + np.where(np.isfinite(total), lost, 0.0)
+
+
 def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     n = np.arange(len(x))
     top = x.argmax(axis=1)  # a NaN counts as the largest
@@ -259,17 +279,16 @@ def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
     exps = np.exp(d)
     exps += exps * r
     exps[n, top] = np.where(np.isfinite(m), 0.0, np.nan)
-    return _Rows(x, targets, exps, top, m - x[n, targets], exps.sum(axis=1))
+    return _Rows(x, targets, exps, top, m - x[n, targets], _sum(exps))
 
 
 def _difference(
-    a: NDArray[np.float64], b: NDArray[np.float64]
+    x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return d and r with a - b = d + r exactly (Knuth's TwoSum); r is 0 where d is infinite."""
-    d = a - b
-    a1 = d + b
-    b1 = a1 - d
-    return d, np.where(np.isfinite(d), (a - a1) - (b - b1), 0.0)
+    """Return d and r with ``x - y = d + r`` exactly, by Knuth's TwoSum; where d is infinite r is 0."""
+    d = x - y
+    x1 = d + y
+    return d, np.where(np.isfinite(d), (x - x1) - (y - (x1 - d)), 0.0)
 
 
 def _loss(rows: _Rows) -> NDArray[np.float64]:
@@ -289,24 +308,24 @@ def _gradient(rows: _Rows, scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return grad
 
 
-def _shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+def _given_shares(rows: _Rows, soft: Soft, where: Any) -> NDArray[np.float64]:
+    """Return t: (n, n_classes)."""
+    if soft.probs is not None:
+        return _widened(soft.probs[where])
+    named = np.arange(rows.x.shape[1]) == rows.targets[:, None]
+    return np.asarray(named, np.float64)
+
+
+def _weighed(t: NDArray[np.float64], soft: Soft) -> NDArray[np.float64]:
     """Return q: (n, n_classes)."""
-    n_classes = rows.x.shape[1]
-    q: NDArray[np.float64]
-    if soft.probs is None:
-        t = (np.arange(n_classes) == rows.targets[:, None]).astype(np.float64)
-    else:
-        t = _widened(soft.probs[where])
-    q = (1.0 - soft.smoothing) * t + soft.smoothing / n_classes
-    if soft.weight is not None:
-        q = q * soft.weight
-    return q
+    q: NDArray[np.float64] = (1.0 - soft.smoothing) * t + soft.smoothing / t.shape[1]
+    return q if soft.weight is None else q * soft.weight
 
 
 def _soft_loss(rows: _Rows, shares: NDArray[np.float64]) -> NDArray[np.float64]:
     m = np.take_along_axis(rows.x, rows.top[:, None], axis=1)
     gaps = np.where(shares == 0, 0.0, shares * (m - rows.x))
-    loss = gaps.sum(axis=1) + shares.sum(axis=1) * np.log1p(rows.rest)
+    loss = _sum(gaps) + _sum(shares) * np.log1p(rows.rest)
     return np.where(np.isnan(rows.rest), np.nan, loss)
 
 
@@ -315,14 +334,14 @@ def _soft_gradient(
 ) -> NDArray[np.float64]:
     n = np.arange(len(rows.x))
     total = 1.0 + rows.rest
-    sums = shares.sum(axis=1)
+    sums = _sum(shares)
     grad = _softmax(rows)
     grad *= sums[:, None]
     grad -= shares
     # The maximum's own: what the others get too much. Nothing of a p next to 1 cancels then.
     others = shares.copy()
     others[n, rows.top] = 0.0
-    top = others.sum(axis=1) - sums * (rows.rest / total)
+    top = _sum(others) - sums * (rows.rest / total)
     grad[n, rows.top] = np.where(rows.rest < 1, top, grad[n, rows.top])
     return np.where(scale[:, None] == 0, grad * 0.0 + 0.0, grad * scale[:, None])
 
@@ -346,7 +365,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
     finite = ~np.isnan(rows.rest)
     total = 1.0 + rows.rest
     p = _softmax(rows)
-    below = np.where(p == 0, 0.0, p * (m[:, None] - rows.x)).sum(axis=1)
+    below = _sum(np.where(p == 0, 0.0, p * (m[:, None] - rows.x)))
     others = np.where(rows.top == rows.targets, rows.rest, total - rows.exps[n, rows.targets]) / total
     p[n, rows.targets] = 0.0
     return {
@@ -357,7 +376,7 @@ def _statistics(rows: _Rows) -> dict[str, NDArray[Any]]:
         "rank": np.where(finite, _rank(rows), -1),
         "entropy": np.where(finite, np.log1p(rows.rest) + below, np.nan),
         "max_prob": 1.0 / total,
-        "brier": np.where(finite, (p * p).sum(axis=1) + others * others, np.nan),
+        "brier": np.where(finite, _sum(p * p) + others * others, np.nan),
     }
 
 
@@ -378,37 +397,41 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 
 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
-    m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
+    """Return the sum of p (exp(-d) - 1 + d), where d = log p - log q is what is left of x_p - x_q.
+
+    Of rows that are close little is left, so what the subtractions round away is carried along. d is off
+    by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
+    first order, and makes the sum of q - p, which should be 0, s: so it can be subtracted and, where it
+    is not small against the result, the sum be taken again with what is known of s.
+    """
     a, b = _softmax(p), _softmax(q)
-    difference, rounded = _difference(p.x, q.x)
-    more = np.abs(p.rest - q.rest) / (1.0 + np.minimum(p.rest, q.rest))
-    gap, low = _difference(m_p, m_q)
-    gap, lower = _difference(gap, (np.copysign(np.log1p(more), q.rest - p.rest))[:, None])
-    low = low + lower
-    found = _divergence_terms(a, b, (difference - gap) + (rounded - low))
-    value = found[0]
-    # An error of the logarithms cancels in the divergence but for its square, which counts where the d
-    # themselves are hardly larger. Then it is seen: the mean of d under p must be the divergence.
-    small = (value > 0) & (value < 2.0**-46)
-    low = low + np.where(small, found[1] - value, 0.0)[:, None]
-    value = np.where(small, _divergence_terms(a, b, (difference - gap) + (rounded - low))[0], value)
-    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, value)
-
-
-def _divergence_terms(
-    p: NDArray[np.float64], q: NDArray[np.float64], d: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sums of p (exp(-d) - 1 + d), and of p d."""
-    near = np.abs(d) < 2
-    terms = np.where(near, p * _excess(np.where(near, d, 0.0)), q + p * (d - 1.0))
-    terms = np.where(p == 0, q, terms)  # d may be NaN then, or -inf
-    return terms.sum(axis=1), np.where(p == 0, 0.0, p * d).sum(axis=1)
+    m_p, m_q = (np.take_along_axis(rows.x, rows.top[:, None], axis=1) for rows in (p, q))
+    u, u_error = _difference(p.x, q.x)
+    gap, gap_error = _difference(m_p, m_q)
+    shift, shift_error = _difference(gap, (np.log1p(q.rest) - np.log1p(p.rest))[:, None])
+    low = gap_error + shift_error
+    for _ in range(4):
+        v, v_error = _difference(u, shift)
+        d = np.where(a == 0, 1.0, v + (v_error + u_error - low))
+        near = np.abs(d) < 1
+        terms = np.where(near, a * _excess(np.where(near, d, 0.0)), b + a * (d - 1.0))
+        terms = _sum(np.where(np.isposinf(u), np.inf, terms))  # however small p is
+        s = terms - _sum(a * d)
+        s = np.where(np.isfinite(s), s, 0.0)
+        square = s * s * (0.5 - s / 3)  # s - log1p(s)
+        again = s * s > terms / 64
+        if not again.any():
+            break
+        step = np.where(again, s - square, 0.0)[:, None]
+        shift, low = _difference(shift, step - low)
+    found = np.maximum(terms - square, 0.0)
+    return np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, found)
 
 
 def _excess(d: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp(-d) - 1 + d for |d| <= 2, by its series: d^2 / 2 - d^3 / 6 + ..."""
+    """exp(-d) - 1 + d for |d| <= 1, by its series: d^2 / 2 - d^3 / 6 + ..."""
     term, total = d * d / 2, np.zeros_like(d)
-    for k in range(3, 27):
+    for k in range(3, 20):
         total += term
         term = term * (-d / k)
     return total
@@ -422,38 +445,28 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
     exponent = exponent - low
     of_2, of_e = log_scale(base)
     found = exponent * of_2 + np.log(fraction) * of_e
-    return np.where((p == 0) | ~np.isfinite(p), np.log(p), found)
+    return np.where((p == 0) | ~np.isfinite(p), np.log(p) * of_e, found)
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return p log(p/q) - p + q, without cancellation.
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A).
+    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that
+    is taken of p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
     """
-    s = (p - q) / (p + q)
+    near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
+    k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
+    q_k = np.ldexp(q, k.astype(np.int64))
+    s = (p - q_k) / (p + q_k)
     z = s * s
-    near = z <= 1 / 4
     a, power = np.zeros_like(z), np.ones_like(z)
-    for k in range(3, 57, 2):
-        a += power / k
-        power = power * np.where(near, z, 0.0)
-    close = (p - q) * s * (1 + s * (1 + s) * a)
-    (x, i), (y, j) = np.frexp(p), np.frexp(q)
-    far = p * (((i - j) * np.log(2.0) + np.log(x / y)) - 1) + q  # - 1 is exact where it cancels
-    return np.where(p == 0, q, np.where(near, close, far))
-
-
-def _sums(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sums of rows, and what they lost to rounding."""
-    lost = np.zeros(len(x))
-    while x.shape[1] > 1:
-        half = (x.shape[1] + 1) // 2
-        a, b = x[:, :half], np.zeros((len(x), half))
-        b[:, : x.shape[1] - half] = -x[:, half:]
-        x, r = _difference(a, b)
-        lost += r.sum(axis=1)
-    return x[:, 0], lost
+    for i in range(3, 37, 2):
+        a += power / i
+        power = power * z
+    close = (p - q_k) * s * (1 + s * (1 + s) * a)
+    rest = p * (k * _LN2[0]) - (q_k - q) + p * (k * _LN2[1])
+    return np.where(p == 0, q, np.where(q == 0, np.inf, close + rest))
 
 
 def _epsilon(p: NDArray[Any]) -> float:
