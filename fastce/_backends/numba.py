@@ -3263,6 +3263,50 @@ class NumbaKernels(Kernels):
         write = _Write(out, _ONE, stream, log)
         _run(logits, first_row, n_rows, (0, 0, 0), num_threads, write, None)
 
+    def kl_from_logits(
+        self,
+        p_logits: NDArray[Any],
+        q_logits: NDArray[Any],
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.kl_from_logits`."""
+        _elements().kl_from_logits(p_logits, q_logits, first_row, out, num_threads=num_threads)
+
+    def distributions(
+        self,
+        measure: str,
+        p: NDArray[Any],
+        q: NDArray[Any] | None,
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        base: float | None,
+        num_threads: int,
+    ) -> int:
+        """See `fastce.kernels.Kernels.distributions`."""
+        run = _elements().distributions
+        return int(run(measure, p, q, first_row, out, base=base, num_threads=num_threads))
+
+    def information(
+        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
+    ) -> int:
+        """See `fastce.kernels.Kernels.information`."""
+        return int(_elements().information(p, out, base=base, num_threads=num_threads))
+
+    def binary(self, x: NDArray[Any], targets: NDArray[Any], *args: Any, **options: Any) -> int:
+        """See `fastce.kernels.Kernels.binary`."""
+        return int(_elements().binary(x, targets, *args, **options))
+
+
+def _elements() -> Any:
+    """Return the kernels that work element by element, which a call for rows does not need."""
+    from fastce._backends import numba_elements
+
+    return numba_elements
+
 
 class _Write(NamedTuple):
     """What is written in the shape of the logits."""
@@ -3371,50 +3415,6 @@ def _run(
             else:
                 counted += _run_parallel(function, memory, n_items, workers)
         return counted
-
-    def kl_from_logits(
-        self,
-        p_logits: NDArray[Any],
-        q_logits: NDArray[Any],
-        first_row: int,
-        out: NDArray[Any],
-        *,
-        num_threads: int,
-    ) -> None:
-        """See `fastce.kernels.Kernels.kl_from_logits`."""
-        _elements().kl_from_logits(p_logits, q_logits, first_row, out, num_threads=num_threads)
-
-    def distributions(
-        self,
-        measure: str,
-        p: NDArray[Any],
-        q: NDArray[Any] | None,
-        first_row: int,
-        out: NDArray[Any],
-        *,
-        base: float | None,
-        num_threads: int,
-    ) -> int:
-        """See `fastce.kernels.Kernels.distributions`."""
-        run = _elements().distributions
-        return int(run(measure, p, q, first_row, out, base=base, num_threads=num_threads))
-
-    def information(
-        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
-    ) -> int:
-        """See `fastce.kernels.Kernels.information`."""
-        return int(_elements().information(p, out, base=base, num_threads=num_threads))
-
-    def binary(self, x: NDArray[Any], targets: NDArray[Any], *args: Any, **options: Any) -> int:
-        """See `fastce.kernels.Kernels.binary`."""
-        return int(_elements().binary(x, targets, *args, **options))
-
-
-def _elements() -> Any:
-    """Return the kernels that work element by element, which a call for rows does not need."""
-    from fastce._backends import numba_elements
-
-    return numba_elements
 
 
 class _Plan(NamedTuple):

@@ -784,8 +784,8 @@ def _add_excess(x, y, e, f, i, left, high, low, p_total, p_carry, q_total, q_car
     d = _log_ratio(some.load(x), some.load(y), high, low)
     near = d.compare(">", -2.0) & d.compare("<", 1.0)
     factor = near.select(d * d * _polynomial(_EXCESS[d.bits], d), d - 1.0)
-    # where p is 0, d may be NaN, and the term is q
-    factor = _or_zero(p.compare(">", 0.0), factor)
+    # a class that p has not: the term is q. One that q has not makes the sum inf, or NaN if p is tiny.
+    factor = _or_zero(d.compare(">", -math.inf), factor)
     p_total, p_carry = _add_term(p_total, p_carry, p, factor)
     q_total, q_carry = _add_term(q_total, q_carry, near.select(0.0, q))
     return p_total, p_carry, q_total, q_carry
@@ -796,7 +796,7 @@ def _add_ratios(x, y, e, i, left, high, low, total, carry):
     """Add p d to a sum."""
     some = _Some(i, x.lanes, None if left is None else _first(x, left))
     p, d = _weights(some.load(e)), _log_ratio(some.load(x), some.load(y), high, low)
-    return _add_term(total, carry, p, _or_zero(p.compare(">", 0.0), d))
+    return _add_term(total, carry, p, _or_zero(d.compare(">", -math.inf), d))
 
 
 @_emits(lambda x, p_m, p_rest, *_: p_rest)
@@ -806,7 +806,7 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_car
     q = (q_total + q_carry) * 2.0 ** -_SUM_SHIFT[bits] / (q_rest + 1.0)
     value = p + q
     value = value.compare(">", 0.0, or_nan=True).select(value, 0.0)
-    # a class that p has and q has not
+    # NaN: q has not a class that p has
     value = value.compare("ord", value).select(value, math.inf)
     for m, rest in (p_m, p_rest), (q_m, q_rest):
         finite = m.compare(">", -math.inf) & m.compare("<", math.inf) & rest.compare("ord", rest)
