@@ -70,8 +70,8 @@ _BIAS = {32: 127, 64: 1023}
 _MIN_EXPONENT = {32: -126, 64: -1022}
 _SUM_SHIFT = {32: 64, 64: 512}
 _SUM_FLOOR = {32: -131.0, 64: -1060.0}
-# Exponentials are squared as multiples of 2^-_SQUARE_SHIFT, and as if none were below 2^_SQUARE_FLOOR, so
-# that no square leaves the normal numbers; what that adds is below any normal result.
+# Exponentials are squared as multiples of 2^-_SQUARE_SHIFT, and as if none were below 2^_SQUARE_FLOOR,
+# so that no square leaves the normal numbers; what that adds is below any normal result.
 _SQUARE_SHIFT = {32: 44, 64: 412}
 _SQUARE_FLOOR = {32: -43, 64: -400}
 _LARGEST = {32: float(np.finfo(np.float32).max), 64: float(np.finfo(np.float64).max)}
@@ -556,8 +556,8 @@ class _Factor(NamedTuple):
 class _Own(NamedTuple):
     """What else the gradients of soft targets need, row by row.
 
-    Shares times the scale are w * (alpha * t + beta); a t below ``least_t`` counts as 0. An exponential of
-    more than ``top`` is the maximum's, whose gradient is ``own``; ``target`` is that of a class id.
+    Shares times the scale are w * (alpha * t + beta); a t below ``least_t`` counts as 0. An exponential
+    of more than ``top`` is the maximum's, whose gradient is ``own``; ``target`` is that of a class id.
     """
 
     alpha: Any
@@ -1151,8 +1151,10 @@ def _soft_loss(x, gap, rest, linear, mass):
 
 @_emits(lambda soft, gap, *_: types.UniTuple(_unless(soft, gap), 3))
 def _mass_of(soft, gap, linear, mass, below, w):
-    """The part of rows' losses that is linear in the logits, the sums of their shares, and of those
-    of all classes but the maximum, if that has more than half of the probability; w: targets' weights.
+    """Return the part of rows' losses that is linear in the logits, and two sums of their shares.
+
+    That of all, and that of all classes but the maximum, if it has more than half of the probability; w
+    are the targets' weights.
     """
     if not soft:
         return None, None, None
@@ -1202,7 +1204,7 @@ def _probs_of(soft):
 
 @_emits(lambda soft, target: target)
 def _class_id(soft, target):
-    """The target, or -1 where targets are probabilities."""
+    """Return the target, or -1 where targets are probabilities."""
     return target.of(-1) if soft and soft.t else target
 
 
@@ -1243,7 +1245,7 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
 
 
 def _others(gap: _Value, e: _Value, rest: _Value) -> _Value:
-    """The sum of all exponentials but the target's, e."""
+    """Return the sum of all exponentials but the target's, e."""
     # Where the target is not the maximum, the maximum's 1 stays: the difference cannot cancel.
     return gap.compare(">", 0.0).select((rest + 1.0) - e, rest)
 
@@ -1333,8 +1335,8 @@ def _target_gradient(gap, e, rest, scale):
     return _minus_others(gap, e, rest, scale, 64)
 
 
-# A maximum with a probability of more than 1 / 1.9 is told from the others by its exponential: theirs sum
-# to less than 0.9. From there to 1/2 the plain difference is as good, within twice the rounding.
+# A maximum with a probability of more than 1 / 1.9 is told from the others by its exponential: theirs
+# sum to less than 0.9. From there to 1/2 the plain difference is as good, within twice the rounding.
 _MOST_REST, _LEAST_TOP = 0.9, 0.95
 
 
@@ -1483,7 +1485,7 @@ def _entropy(x, gap, rest, spread):
 
 @_emits(_doubles)
 def _brier(x, gap, rest, squares):
-    """The sum of the squares of the others' probabilities, and of their sum."""
+    """Return the sum of the squares of the others' probabilities, and of their sum."""
     total = rest + 1.0
     term, counts = _term(-gap, gap.of(0.0))
     e = counts.select(term, 0.0) * 2.0 ** -_SUM_SHIFT[64]
@@ -1582,7 +1584,7 @@ def _keep(v, kept):
 
 @_emits(_same)
 def _nan_with(m, total):
-    """The maxima, NaN in rows whose sums are."""
+    """Return the maxima, NaN in rows whose sums are."""
     return total.compare("ord", total).select(m, math.nan)
 
 
@@ -1675,8 +1677,8 @@ _M, _REF, _TOTAL, _CARRY, _TIES, _STATE = 0, 1, 2, 3, 4, 16
 # ahead of the target, the sums of terms times (m - x) and of their squares.
 _LINEAR, _LINEAR_CARRY, _MASS, _MASS_CARRY, _BELOW, _BELOW_CARRY, _LEAST = range(5, 12)
 _TOP, _AHEAD, _SPREAD, _SPREAD_CARRY, _SQUARES, _SQUARES_CARRY = range(5, 11)
-# The start of a worker's scratch, in doubles: states of a group of rows; of each gap, gap_error, rest and
-# target's logit, and what soft targets come to, or `_Found`; room for their weights; then what the
+# The start of a worker's scratch, in doubles: states of a group of rows; of each gap, gap_error, rest
+# and target's logit, and what soft targets come to, or `_Found`; room for their weights; then what the
 # kernel needs.
 _TALL = 256
 _PARTS = _TALL * _STATE
@@ -2213,8 +2215,8 @@ def _store_rows(x, job, parts, row, count, soft, stats):
 
 _GROUP = 16
 # What is noted of each row of a group, _GROUP numbers each: addresses of its logits, exponentials,
-# gradient and probabilities; maximum, target's logit and term; sum, carry and ties; shares, or statistics;
-# the weight of the target; its gradient's factor.
+# gradient and probabilities; maximum, target's logit and term; sum, carry and ties; shares, or
+# statistics; the weight of the target; its gradient's factor.
 _X_AT, _E_AT, _G_AT, _T_AT, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
 _LINEAR_OF, _MASS_OF, _OTHERS_OF, _LEAST_OF, _WEIGHT_OF = range(160, 240, _GROUP)
 _TOP_OF, _AHEAD_OF, _SPREAD_OF, _SQUARES_OF = range(160, 224, _GROUP)
@@ -3272,6 +3274,50 @@ class NumbaKernels(Kernels):
         """See `fastce.kernels.Kernels.softmax`."""
         _run(logits, first_row, n_rows, (0, 0, 0), num_threads, (out, _ONE, stream, log), None)
 
+    def kl_from_logits(
+        self,
+        p_logits: NDArray[Any],
+        q_logits: NDArray[Any],
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.kl_from_logits`."""
+        _elements().kl_from_logits(p_logits, q_logits, first_row, out, num_threads=num_threads)
+
+    def distributions(
+        self,
+        measure: str,
+        p: NDArray[Any],
+        q: NDArray[Any] | None,
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        base: float | None,
+        num_threads: int,
+    ) -> int:
+        """See `fastce.kernels.Kernels.distributions`."""
+        run = _elements().distributions
+        return int(run(measure, p, q, first_row, out, base=base, num_threads=num_threads))
+
+    def information(
+        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
+    ) -> int:
+        """See `fastce.kernels.Kernels.information`."""
+        return int(_elements().information(p, out, base=base, num_threads=num_threads))
+
+    def binary(self, x: NDArray[Any], targets: NDArray[Any], *args: Any, **options: Any) -> int:
+        """See `fastce.kernels.Kernels.binary`."""
+        return int(_elements().binary(x, targets, *args, **options))
+
+
+def _elements() -> Any:
+    """Return the kernels that work element by element, which a call for rows does not need."""
+    from fastce._backends import numba_elements
+
+    return numba_elements
+
 
 _ONE = np.broadcast_to(np.float64(1.0), 2)  # the scale of a softmax
 
@@ -3371,50 +3417,6 @@ def _run(
             else:
                 counted += _run_parallel(function, memory, n_items, workers)
         return counted
-
-    def kl_from_logits(
-        self,
-        p_logits: NDArray[Any],
-        q_logits: NDArray[Any],
-        first_row: int,
-        out: NDArray[Any],
-        *,
-        num_threads: int,
-    ) -> None:
-        """See `fastce.kernels.Kernels.kl_from_logits`."""
-        _elements().kl_from_logits(p_logits, q_logits, first_row, out, num_threads=num_threads)
-
-    def distributions(
-        self,
-        measure: str,
-        p: NDArray[Any],
-        q: NDArray[Any] | None,
-        first_row: int,
-        out: NDArray[Any],
-        *,
-        base: float | None,
-        num_threads: int,
-    ) -> int:
-        """See `fastce.kernels.Kernels.distributions`."""
-        run = _elements().distributions
-        return int(run(measure, p, q, first_row, out, base=base, num_threads=num_threads))
-
-    def information(
-        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
-    ) -> int:
-        """See `fastce.kernels.Kernels.information`."""
-        return int(_elements().information(p, out, base=base, num_threads=num_threads))
-
-    def binary(self, x: NDArray[Any], targets: NDArray[Any], *args: Any, **options: Any) -> int:
-        """See `fastce.kernels.Kernels.binary`."""
-        return int(_elements().binary(x, targets, *args, **options))
-
-
-def _elements() -> Any:
-    """Return the kernels that work element by element, which a call for rows does not need."""
-    from fastce._backends import numba_elements
-
-    return numba_elements
 
 
 _pack_job = struct.Struct(f"{len(_JOB)}q").pack_into

@@ -93,8 +93,8 @@ from fastce._backends.numba import (
 )
 from fastce.kernels import BINARY_TILE, SUMS_AGREE, log_scale, tile_rows
 
-# By bits of the dtype. Minimax polynomials, the largest power first; relative errors of what they serve.
-# log1p(e) / e for 0 <= e <= 1: 2^-27 and 2^-56.
+# By bits of the dtype. Minimax polynomials, the largest power first; relative errors of what they
+# serve. log1p(e) / e for 0 <= e <= 1: 2^-27 and 2^-56.
 _LOG1P_OF_DECAY = {
     32: "-0x1.b200c2p-9 0x1.4a785ep-6 -0x1.d7d5bap-5 0x1.b52e76p-4 -0x1.3a6308p-3 0x1.9353fep-3"
     " -0x1.ff2518p-3 0x1.554dd8p-2 -0x1.ffffd2p-2 0x1p+0",
@@ -126,8 +126,8 @@ _EXCESS = {
     " -0x1.71de3a30c0c43p-19 0x1.a01a01a033a03p-16 -0x1.a01a01a04d749p-13 0x1.6c16c16c16629p-10"
     " -0x1.1111111110f09p-7 0x1.5555555555558p-5 -0x1.5555555555557p-3 0x1p-1",
 }
-# Exponentials of elements are multiples of 2^-lift, so that a weight may still make a tiny one count: of
-# this, or with weights of elements, by bits of the dtype, of these.
+# Exponentials of elements are multiples of 2^-lift, so that a weight may still make a tiny one count:
+# of this, or with weights of elements, by bits of the dtype, of these.
 _LIFT = 32
 _LIFT_WEIGHTED = {32: 126, 64: 64}
 _SQRT_HALF = {32: 0x3F3504F3, 64: 0x3FE6A09E667F3BCD}
@@ -163,7 +163,7 @@ def _lowest(bits: int, lift: int) -> float:
 
 
 def _split(v: _Value) -> tuple[_Value, _Value]:
-    """K and x with v = 2^k x, x in [sqrt(1/2), sqrt(2)), if v is positive; else they are just finite."""
+    """Return k and x, v = 2^k x with x in [sqrt(1/2), sqrt(2)) if v > 0; else just finite numbers."""
     bits, mantissa = v.bits, _MANTISSA[v.bits]
     least = 1 << mantissa  # the smallest normal number, as an integer
     tiny = v.as_bits().compare("<", least)
@@ -200,12 +200,12 @@ def _base_e(bits: int) -> _Base:
 
 
 def _joined(k: _Value, f: _Value, base: _Base) -> _Value:
-    """The logarithm of 2^k (1 + f); exact for f = 0 and base 2."""
+    """Return the logarithm of 2^k (1 + f); exact for f = 0 and base 2."""
     return _fma(k, base.of_2, _fma(k, base.low_of_2, _log_of_fraction(f) * base.of_e))
 
 
 def _log(v: _Value, base: _Base) -> _Value:
-    """The logarithm of positive numbers; of others just a finite number."""
+    """Return the logarithm of positive numbers; of others just a finite number."""
     k, x = _split(v)
     return _joined(k, x - 1.0, base)
 
@@ -299,7 +299,7 @@ def _or_zero(keep: _Value, value: _Value) -> _Value:
 
 
 def _shares(t: _Value, pos_weight: _Value | None) -> tuple[_Value, _Value]:
-    """A and B: the weights of the losses of the classes 1 and 0."""
+    """Return A and B, the weights of the losses of the classes 1 and 0."""
     return (t if pos_weight is None else t * pos_weight), 1.0 - t
 
 
@@ -321,7 +321,7 @@ def _times(share: _Value, loss: _Value) -> _Value:
 def _binary_plain(
     x: _Value, t: _Value, unit: _Value, floor: _Value, slope_unit: _Value | None, slope_floor: _Value
 ) -> tuple[_Value, _Value | None]:
-    """Losses and gradients without weights; units are such that no product leaves the normal numbers."""
+    """Losses and gradients without weights, in units in which no product is below normal numbers."""
     bits = x.bits
     a, b = _shares(t, None)
     floor = floor.rounded(bits)
@@ -519,7 +519,7 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
 
     With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A(z)), z = s^2, and the whole
     (p - q) (s + (s + z) s A). So to a ratio of 3; beyond, where log(p/q) is no longer nearly 1 - q/p,
-    from numbers without their exponents, whose s is as small, and with terms added to the logarithm.
+    it is p (log(p/q) - 1) + q, the logarithm from numbers without their exponents.
     """
     bits, mantissa = p.bits, _MANTISSA[p.bits]
     (i, x), (j, y) = _split(p), _split(q)
@@ -534,9 +534,9 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
     twice = s + s
     log = _fma(k, _LN2_HI[bits], twice + _fma(twice * z, tail, k * float.fromhex(_LN2_LO[bits])))
     log = q.compare(">", 0.0).select(log, math.inf)
-    factor = near.select(_fma(_fma(s, s, s) * tail, s, s), log).double()
-    p, more = p.double(), p.double() - q.double()
-    return _fma(near.select(more, p), factor, near.select(0.0, -more))
+    factor = near.select(_fma(_fma(s, s, s) * tail, s, s), log - 1.0).double()
+    p, q = p.double(), q.double()
+    return _fma(near.select(p - q, p), factor, near.select(0.0, q))
 
 
 @_emits(_several(*[_doubles] * 6))
@@ -624,7 +624,7 @@ def _sum_classes(p, q, kl, n, job, sums):
 
 @njit(**_OPTIONS)
 def _classes(x, direct, start, row_step, class_step, count, n, block):
-    """Return where n classes of count rows lie side by side, rows _PITCH apart: in ``block``, or here."""
+    """Return where n classes of rows lie side by side, rows _PITCH apart: in ``block``, or here."""
     if direct:  # and one row
         return _at(x, start)
     _fetch(_at(x, start * class_step), row_step, class_step, count, n, block, _PITCH)
@@ -784,8 +784,8 @@ def _add_excess(x, y, e, f, i, left, high, low, p_total, p_carry, q_total, q_car
     d = _log_ratio(some.load(x), some.load(y), high, low)
     near = d.compare(">", -2.0) & d.compare("<", 1.0)
     factor = near.select(d * d * _polynomial(_EXCESS[d.bits], d), d - 1.0)
-    # where p is 0, d may be NaN, and the term is q
-    factor = _or_zero(p.compare(">", 0.0), factor)
+    # a class that p has not: the term is q. One that q has not makes the sum inf, or NaN if p is tiny.
+    factor = _or_zero(d.compare(">", -math.inf), factor)
     p_total, p_carry = _add_term(p_total, p_carry, p, factor)
     q_total, q_carry = _add_term(q_total, q_carry, near.select(0.0, q))
     return p_total, p_carry, q_total, q_carry
@@ -796,7 +796,7 @@ def _add_ratios(x, y, e, i, left, high, low, total, carry):
     """Add p d to a sum."""
     some = _Some(i, x.lanes, None if left is None else _first(x, left))
     p, d = _weights(some.load(e)), _log_ratio(some.load(x), some.load(y), high, low)
-    return _add_term(total, carry, p, _or_zero(p.compare(">", 0.0), d))
+    return _add_term(total, carry, p, _or_zero(d.compare(">", -math.inf), d))
 
 
 @_emits(lambda x, p_m, p_rest, *_: p_rest)
@@ -806,7 +806,7 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_car
     q = (q_total + q_carry) * 2.0 ** -_SUM_SHIFT[bits] / (q_rest + 1.0)
     value = p + q
     value = value.compare(">", 0.0, or_nan=True).select(value, 0.0)
-    # a class that p has and q has not
+    # NaN: q has not a class that p has
     value = value.compare("ord", value).select(value, math.inf)
     for m, rest in (p_m, p_rest), (q_m, q_rest):
         finite = m.compare(">", -math.inf) & m.compare("<", math.inf) & rest.compare("ord", rest)

@@ -399,8 +399,8 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
     """Return the sum of p (exp(-d) - 1 + d), where d = log p - log q is what is left of x_p - x_q.
 
-    Of rows that are close little is left, so what the subtractions round away is carried along. d is off
-    by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
+    Of rows that are close little is left, so what the subtractions round away is carried along. d is
+    off by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
     first order, and makes the sum of q - p, which should be 0, s: so it can be subtracted and, where it
     is not small against the result, the sum be taken again with what is known of s.
     """
@@ -451,9 +451,9 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return p log(p/q) - p + q, without cancellation.
 
-    With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that
-    is taken of p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
+    With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and A = 1/3 + z/5
+    + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that is taken of
+    p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
     """
     near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
     k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
