@@ -934,8 +934,12 @@ def _divergence_rows(x_type, job, item, worker):
             e, f = _at(p_terms, start * step), _at(q_terms, start * step)
             for r in range(count):
                 at, state, ref = r * _PITCH, r * _STATE, r * n_blocks + b
-                p_refs[ref] = _read_block(_at(p, at), size, _at(p_states, state), e)
-                q_refs[ref] = _read_block(_at(q, at), size, _at(q_states, state), f)
+                p_refs[ref] = _read_block(
+                    _at(p, at), size, _at(p_states, state), e, None, 0, 0, 0.0, None
+                )
+                q_refs[ref] = _read_block(
+                    _at(q, at), size, _at(q_states, state), f, None, 0, 0, 0.0, None
+                )
         for r in range(count):
             s = _at(sums, r * _SUMS)
             p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
