@@ -257,8 +257,8 @@ def _table(report: dict[str, Any]) -> str:
     read = statistics.median(report["bandwidth"]["read"])
     lines = [
         f"{report['machine']}, {report['n_threads']} threads, {report['date'][:10]}; "
-        f"{n_elements // _CLASSES:,} x {_CLASSES:,} logits; nanoseconds per logit, medians. "
-        f"Read bandwidth in the same run: {read:.1f} GB/s.".replace(",", " "),
+        f"{n_elements // _CLASSES} x {_CLASSES} logits; nanoseconds per logit, medians. "
+        f"Read bandwidth in the same run: {read:.1f} GB/s.",
         "",
         f"| work | dtype | {' | '.join(shown)} | of the plain loss | GB/s | vs torch |",
         f"| --- | --- |{' ---: |' * (len(shown) + 3)}",

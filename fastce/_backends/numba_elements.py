@@ -364,7 +364,7 @@ def _binary_of_probs(
     # 1 - p is rounded where p < 1/2; this is not
     f = k.compare("==", 0.0).select(-p, rest - 1.0)
     f = k.compare("==", -1.0).select(1.0 - (p + p), f)
-    ahead, behind = -_ends(p, _log(p, base)), -_ends(1.0 - p, _joined(k, f, base))
+    ahead, behind = -_ends(p, _log(p, base), base), -_ends(1.0 - p, _joined(k, f, base), base)
     loss = _times(a, ahead.double()) + _times(b, behind.double())
     p = p.double()
     loss = p.compare("ord", p).select(loss, p)
@@ -374,11 +374,11 @@ def _binary_of_probs(
     return loss, p.compare("ord", p).select(slope, p)
 
 
-def _ends(v: _Value, log: _Value) -> _Value:
-    """Correct the logarithm of what is no positive finite number."""
-    log = v.compare("==", 0.0).select(-math.inf, log)
+def _ends(v: _Value, log: _Value, base: _Base) -> _Value:
+    """Correct the logarithm of what is no positive finite number; its sign is the base's."""
+    log = v.compare("==", 0.0).select(v.of(base.of_e) * -math.inf, log)
     log = v.compare("<", 0.0).select(math.nan, log)
-    return v.compare("<", math.inf).select(log, v)
+    return v.compare("<", math.inf).select(log, v * base.of_e)
 
 
 @_emits(_several(_doubles, _doubles, types.int64))
@@ -484,7 +484,8 @@ def _write_information(p, out, job, i, left):
     """Write -log p of a vector, or of the ``left`` elements after the last one; count bad elements."""
     some = _Some(i, p.lanes, None if left is None else _first(p, left))
     v = some.load(p)
-    log = _ends(v, _log(v, _base_of(job, _OF_ELEMENTS, _bits_of(p))))
+    base = _base_of(job, _OF_ELEMENTS, _bits_of(p))
+    log = _ends(v, _log(v, base), base)
     some.store(out, 0.0 - log)  # not -0
     return some.count(v.compare("<", 0.0, or_nan=True))
 
@@ -556,7 +557,7 @@ def _add_classes(p, q, kl, job, i, left, total, carry, p_total, p_carry, q_total
     b = some.load(q)
     valid = valid & b.compare(">=", 0.0)
     if kl is None:
-        log = a.compare(">", 0.0).select(_ends(b, _log(b, base)), 0.0)
+        log = a.compare(">", 0.0).select(_ends(b, _log(b, base), base), 0.0)
         total, carry = _add_term(total, carry, a, -valid.select(log, math.nan))
         return total, carry, p_total, p_carry, q_total, q_carry
     term = valid.select(_kl_term(a, b), math.nan)
