@@ -11,7 +11,7 @@ from setuptools.errors import CompileError, LinkError
 # baseline are chosen at run time, function by function (fastce/_native/rows.c). No -ffast-math.
 _FLAGS = {
     "unix": (
-        ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
+        ["-O2", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
         ["-fopenmp"],
     ),
     "msvc": (["/O2", "/fp:precise"], ["/openmp"]),

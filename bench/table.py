@@ -10,7 +10,6 @@ from typing import Any
 
 from workloads import FRESH, TASKS, WORKLOADS, Workload
 
-_BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SMALL = "small calls"
 _MEMORY_OF = "2048x32000-float32"  # the workload whose peak memory is shown
 _TITLES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -61,17 +60,18 @@ def full(report: Report, pictures: list[Path]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def around(readme: Path) -> tuple[str, str]:
-    """Return what stands before and after the table, the markers included."""
+def around(readme: Path, name: str = "bench") -> tuple[str, str]:
+    """Return what stands before and after a table, the markers included."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = readme.read_text(encoding="utf-8")
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1 or text.index(_BEGIN) > text.index(_END):
-        raise SystemExit(f"{readme}: expected one line {_BEGIN} and, below it, one line {_END}")
-    return text[: text.index(_BEGIN) + len(_BEGIN)], text[text.index(_END) :]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{readme}: expected one line {begin} and, below it, one line {end}")
+    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
 
 
-def write(readme: Path, table: str) -> None:
-    """Put the table between the README's markers."""
-    before, after = around(readme)
+def write(readme: Path, table: str, name: str = "bench") -> None:
+    """Put a table between the README's markers."""
+    before, after = around(readme, name)
     readme.write_text(f"{before}\n{table}\n{after}", encoding="utf-8")
 
 

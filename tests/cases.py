@@ -1,4 +1,4 @@
-"""Rows of logits that are hard for a reason, and the targets asked of them."""
+"""Rows of logits and targets: ordinary ones in any layout, and those that are hard for a reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,93 @@ import ml_dtypes  # noqa: F401  gives NumPy the dtype bfloat16
 import numpy as np
 import oracle
 from numpy.typing import NDArray
+from tolerances import NEAR_ABS, NEAR_REL
 
+import fastce
+
+INF, NAN = np.inf, np.nan
+DTYPES = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
+ALL_DTYPES = DTYPES + HALVES
+# Narrow rows, one block, several blocks: the three ways through a compiled kernel.
+WIDTHS = (3, 10, 40, 700, 2100)
 
 # Around the lanes (4, 8, 16), the strips of four vectors (32, 64), the switch from rows to classes as
 # lanes (32), and the blocks of a long row (512, 1024).
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 511, 513, 1023, 1025, 2050)
 
 
-@dataclass(frozen=True)
+def both(x, y, backend, **options):
+    """Return the losses of the rows and their gradients."""
+    return fastce.cross_entropy_with_grad(x, y, backend=backend, reduction="none", **options)
+
+
+def assert_same_bits(got, expected, message=""):
+    assert got.dtype == expected.dtype, message
+    kind = f"u{got.itemsize}"
+    same = np.ascontiguousarray(got).view(kind) == np.ascontiguousarray(expected).view(kind)
+    assert (same | (np.isnan(got) & np.isnan(expected))).all(), message
+
+
+def assert_near(got, expected, message="", larger_term=0.0):
+    """Compare with a float64 computation; a difference is as accurate as its larger term."""
+    name = got.dtype.name
+    if name == "int64":
+        np.testing.assert_array_equal(got, expected, err_msg=message)
+        return
+    atol = np.maximum(NEAR_ABS[name], NEAR_REL[name] * np.asarray(larger_term))
+    got, expected = got.astype(np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, message
+    with np.errstate(invalid="ignore"):
+        off = np.abs(got - expected) > atol + NEAR_REL[name] * np.abs(expected)
+    off = np.where(np.isfinite(expected), off | ~np.isfinite(got), got != expected)
+    off &= ~(np.isnan(got) & np.isnan(expected))
+    assert not off.any(), f"{message}: {got[off][:4]} for {expected[off][:4]} at {np.argwhere(off)[:4]}"
+
+
+def problem(n_rows, n_classes, dtype="float32", seed=0):
+    """Return ordinary logits and class ids."""
+    rng = np.random.default_rng([seed, n_rows, n_classes])
+    x = (3 * rng.standard_normal((n_rows, n_classes))).astype(dtype)
+    return x, rng.integers(0, n_classes, n_rows)
+
+
+def probabilities(n_rows, n_classes, dtype="float32", seed=0):
+    """Return distributions: some classes impossible, every third row certain."""
+    rng = np.random.default_rng([seed, n_rows, n_classes])
+    p = rng.exponential(size=(n_rows, n_classes)) * (rng.random((n_rows, n_classes)) < 0.7)
+    p[:, rng.integers(0, n_classes)] += 0.1
+    p[::3] = np.arange(n_classes) == rng.integers(0, n_classes, (len(p[::3]), 1))
+    return (p / p.sum(axis=1, keepdims=True)).astype(dtype)
+
+
+def layouts(x):
+    """Return the same rows, by the name of how they lie in memory."""
+    n, c = x.shape
+    wide = np.zeros((n, 2 * c), x.dtype)
+    wide[:, ::2] = x
+    padded = np.zeros((n, c + 3), x.dtype)
+    padded[:, :c] = x
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    misaligned = raw[1:].view(x.dtype).reshape(x.shape)
+    misaligned[:] = x
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    found = {
+        "Fortran": np.asfortranarray(x),
+        "every other column": wide[:, ::2],
+        "padded rows": padded[:, :c],
+        "rows backwards": x[::-1].copy()[::-1],
+        "columns backwards": x[:, ::-1].copy()[:, ::-1],
+        "misaligned": misaligned,
+        "read-only": read_only,
+    }
+    if x.dtype.name != "bfloat16":  # whose type knows no other order
+        found["other byte order"] = x.astype(x.dtype.newbyteorder())
+    return found
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """Rows of one width in one dtype."""
 
@@ -27,7 +105,7 @@ class Case:
 
     @functools.cached_property
     def exact(self) -> tuple[oracle.Pair, oracle.Pair]:
-        """The exact losses and gradients."""
+        """The exact losses and gradients for the class ids."""
         rows = [
             oracle.loss_and_gradient(x, int(t))
             for x, t in zip(self.logits.tolist(), self.targets, strict=True)
@@ -36,6 +114,11 @@ class Case:
             oracle.as_pair([loss for loss, _ in rows]),
             oracle.as_pair([g for _, grad in rows for g in grad]),
         )
+
+    @functools.cached_property
+    def rows(self) -> list[oracle.Row]:
+        """What else is exact about each row is made of this."""
+        return [oracle.Row.of(x) for x in self.logits.tolist()]
 
 
 def _targets(rng: np.random.Generator, logits: NDArray) -> NDArray[np.int64]:
@@ -100,3 +183,16 @@ def accuracy_cases(dtype: str) -> tuple[Case, ...]:
             x[:, 0] = np.where((x == -np.inf).all(axis=1), 0.0, x[:, 0])  # keep one class
             cases.append(Case(f"{name}-{n}", x, _targets(rng, x)))
     return tuple(cases)
+
+
+@functools.cache
+def further_cases(dtype: str) -> tuple[Case, ...]:
+    """Return a certain row and another of each family, at fewer sizes: for all that is not a loss."""
+    sizes = {"float32": (2, 5, 17, 33, 97, 1025), "float64": (2, 5, 17, 33, 97, 513)}
+    return tuple(
+        Case(case.name, case.logits[:2], case.targets[:2])
+        for case in accuracy_cases(dtype)
+        # the maximum rises in each block of the longest
+        if (case.logits.shape[1] in sizes.get(dtype, (5, 33, 97)) or case.name == "ascending-2050")
+        and np.isfinite(case.logits.max(axis=1)).all()
+    )

@@ -12,3 +12,8 @@ SUM_REL = 4e-16
 
 # Central differences of the float64 loss with step 1e-6: truncation and cancellation together.
 FINITE_DIFFERENCE_ABS = 1e-8
+
+# Against another float64 computation, relative to the larger term where a result is a difference: the
+# ULPs above, and a little for the other one.
+NEAR_REL = {"float32": 1e-6, "float64": 1e-13, "float16": 0.52 * 2.0**-10, "bfloat16": 0.52 * 2.0**-7}
+NEAR_ABS = {"float32": 1.2e-38, "float64": 2.3e-308, "float16": 0.52 * 2.0**-24, "bfloat16": 1.2e-38}
