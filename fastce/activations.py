@@ -174,7 +174,7 @@ def _activate(
     result = np.empty(shape, view.array.dtype.newbyteorder("=")) if out is None else out
     kernels = registry.load(registry.choose(backend, view.format.name))
     count = threads.resolve(num_threads, view.n_rows * n_classes, kernels.max_threads)
-    written = grad_view(result, problem)
+    written, stream = grad_view(result, problem), streams(result, view.array)
     for rows, first_row, (block,), into in sliced(n_classes, [view], written):
         assert into is not None
         kernels.softmax(
@@ -183,7 +183,7 @@ def _activate(
             rows.stop - rows.start,
             into,
             log=log,
-            stream=streams(result, view.array),
+            stream=stream,
             num_threads=count,
         )
     return result

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastce import registry, threads
-from fastce.kernels import BINARY_TILE, array_sum, exact_sum
+from fastce.kernels import BINARY_TILE, array_sum, exact_sum, widened
 from fastce.problem import (
     FLOAT32,
     Format,
@@ -25,7 +25,6 @@ from fastce.problem import (
     place,
     real_numbers,
     unraveled,
-    widened,
 )
 
 _Array = NDArray[Any]

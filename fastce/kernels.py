@@ -69,6 +69,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy import float64, int64
 from numpy.typing import NDArray
 
@@ -104,6 +105,23 @@ def array_sum(values: NDArray[float64]) -> float:
     """Return the sum of an array, in which rounding errors do not grow with its length."""
     whole = len(values) // 128 * 128  # NumPy adds up so many in eight lanes
     return exact_sum([*values[:whole].reshape(-1, 128).sum(axis=1), *values[whole:]])
+
+
+def widened(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array that NumPy can calculate with: the bits of bfloat16 as float32."""
+    if array.dtype != np.uint16:
+        return array
+    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrowed(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array rounded to a dtype; uint16 holds the bits of bfloat16."""
+    if dtype != np.uint16:
+        return array.astype(dtype)
+    bits = array.astype(np.float32).view(np.uint32)
+    # to nearest, ties to even; NaN, whose lower half is 0, does not overflow into -0
+    up = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return ((bits + up) >> np.uint32(16)).astype(np.uint16)
 
 
 def log_scale(base: float | None) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastce import registry, threads
-from fastce.kernels import Stats, array_sum, exact_sum, tile_rows
+from fastce.kernels import Stats, array_sum, exact_sum, narrowed, tile_rows, widened
 from fastce.problem import (
     FORMAT_NAMES,
     REDUCTIONS,
@@ -22,10 +22,8 @@ from fastce.problem import (
     check_reduction,
     check_scale,
     grad_view,
-    narrowed,
     sliced,
     unraveled,
-    widened,
 )
 
 _Array = NDArray[Any]
@@ -206,8 +204,8 @@ def cross_entropy(
         check_losses_out(out, problem, reduction)
     losses = np.empty(problem.n_rows, problem.dtype) if reduction == "none" else None
     total, n_bad = run(problem, losses=losses, num_threads=num_threads, backend=backend)
-    n_kept = problem.n_kept(n_bad)
-    reduced = _reduce(total, losses, problem, n_kept, reduction, normalizer)
+    divisor = _divisor(problem, problem.n_kept(n_bad), reduction, normalizer)
+    reduced = _reduce(total, losses, problem, divisor)
     if out is None:
         return reduced
     out[...] = reduced
@@ -298,8 +296,7 @@ def cross_entropy_with_grad(
     shape = np.shape(logits)
     if out is not None:
         check_grad_out(out, problem, shape)
-    n_kept = problem.n_kept()
-    divisor = problem.total_weight(n_kept) if normalizer is None else normalizer
+    divisor = _divisor(problem, problem.n_kept(), reduction, normalizer)
     scale = check_scale(grad_output, problem, reduction, divisor)
     losses = np.empty(problem.n_rows, problem.dtype) if reduction == "none" else None
     grad = np.empty(shape, problem.rows.array.dtype.newbyteorder("=")) if out is None else out
@@ -307,8 +304,8 @@ def cross_entropy_with_grad(
         problem, losses=losses, scale=scale, grad=grad, num_threads=num_threads, backend=backend
     )
     if problem.probs is not None:
-        n_kept = problem.n_kept(n_bad)
-    return _reduce(total, losses, problem, n_kept, reduction, normalizer), grad
+        problem.n_kept(n_bad)  # what only the kernels look for
+    return _reduce(total, losses, problem, divisor), grad
 
 
 def _plain(
@@ -364,9 +361,10 @@ def run(
     count = threads.resolve(num_threads, view.n_rows * n_classes, kernels.max_threads)
     if losses is None:
         losses = np.empty(view.n_rows, problem.dtype)
-    weights = problem.row_weights()
+    weights, soft = problem.row_weights, problem.soft()
     inputs = [view] if problem.probs is None else [view, problem.probs]
     out = None if grad is None else grad_view(grad, problem)
+    stream = out is not None and streams(out.array, view.array)
     tile = tile_rows(n_classes)
     sums: list[float] = []
     n_bad = 0
@@ -379,11 +377,11 @@ def run(
             losses[rows],
             tile_sums,
             row_weights=None if weights is None else weights[rows],
-            soft=problem.soft(blocks[1] if len(blocks) > 1 else None),
+            soft=soft and soft._replace(probs=blocks[1] if len(blocks) > 1 else None),
             stats=None if stats is None else Stats(*(a if a is None else a[rows] for a in stats)),
             scale=None if scale is None else scale[rows],
             grad=block,
-            stream=out is not None and streams(out.array, view.array),
+            stream=stream,
             num_threads=count,
         )
         sums += tile_sums.tolist()
@@ -395,19 +393,16 @@ def streams(out: _Array, array: _Array) -> bool:
     return out.nbytes >= _STREAM_BYTES and not np.may_share_memory(out, array)
 
 
-def _reduce(
-    total: float,
-    losses: _Array | None,
-    problem: Problem,
-    n_kept: int,
-    reduction: str,
-    normalizer: float | None,
-) -> float | _Array:
+def _divisor(problem: Problem, n_kept: int, reduction: str, normalizer: float | None) -> float:
+    """Return what the sum of the losses is divided by."""
+    if reduction != "mean":
+        return 1.0
+    return problem.total_weight(n_kept) if normalizer is None else normalizer
+
+
+def _reduce(total: float, losses: _Array | None, problem: Problem, divisor: float) -> float | _Array:
     if losses is not None:
         return losses.reshape(problem.batch_shape)
-    if reduction == "sum":
-        return total
-    divisor = problem.total_weight(n_kept) if normalizer is None else normalizer
     return total / divisor if divisor else math.nan
 
 
@@ -466,12 +461,8 @@ def nll_loss(
     )
     check_reduction(reduction)
     check_normalizer(normalizer, reduction)
-    n_kept = problem.n_kept()
-    losses = _picked(problem)
-    total = 0.0 if reduction == "none" else array_sum(losses.astype(np.float64))
-    return _reduce(
-        total, losses if reduction == "none" else None, problem, n_kept, reduction, normalizer
-    )
+    divisor = _divisor(problem, problem.n_kept(), reduction, normalizer)
+    return _reduce_picked(problem, reduction, divisor)
 
 
 def nll_loss_with_grad(
@@ -525,10 +516,9 @@ def nll_loss_with_grad(
     shape = np.shape(log_probs)
     if out is not None:
         check_out(out, shape, [("log_probs", np.asarray(log_probs)), ("targets", np.asarray(targets))])
-    n_kept = problem.n_kept()
-    divisor = problem.total_weight(n_kept) if normalizer is None else normalizer
+    divisor = _divisor(problem, problem.n_kept(), reduction, normalizer)
     scale = check_scale(grad_output, problem, reduction, divisor)
-    losses = _picked(problem)
+    reduced = _reduce_picked(problem, reduction, divisor)
     if out is None:
         out = np.zeros(shape, problem.rows.array.dtype.newbyteorder("="))
     else:
@@ -537,10 +527,6 @@ def nll_loss_with_grad(
     kept = np.flatnonzero(problem.kept())
     values = narrowed(0.0 - scale[kept], out.dtype)
     grad[(*unraveled(kept, problem.batch_shape), problem.targets[kept])] = values
-    total = 0.0 if reduction == "none" else array_sum(losses.astype(np.float64))
-    reduced = _reduce(
-        total, losses if reduction == "none" else None, problem, n_kept, reduction, normalizer
-    )
     return reduced, out
 
 
@@ -570,15 +556,17 @@ def _check_log_probs(
     return problem
 
 
-def _picked(problem: Problem) -> _Array:
-    """Return the losses of the rows, from the targets' log-probabilities."""
+def _reduce_picked(problem: Problem, reduction: str, divisor: float) -> float | _Array:
+    """Return the losses of the rows, from the targets' log-probabilities, or their sum or mean."""
     losses = np.zeros(problem.n_rows, problem.dtype)
     kept = np.flatnonzero(problem.kept())
     at = (*unraveled(kept, problem.batch_shape), problem.targets[kept])
     with np.errstate(invalid="ignore"):  # a weight of 0 times -inf, made 0 below
         loss = 0.0 - widened(problem.rows.array[at])  # 0 - 0 is not -0
-        weights = problem.row_weights()
+        weights = problem.row_weights
         if weights is not None:
             loss = np.where((weights[kept] == 0) & ~np.isnan(loss), 0.0, loss * weights[kept])
     losses[kept] = loss
-    return losses
+    if reduction == "none":
+        return _reduce(0.0, losses, problem, divisor)
+    return _reduce(array_sum(losses.astype(np.float64)), None, problem, divisor)

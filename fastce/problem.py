@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastce.kernels import Soft, array_sum, tile_rows
+from fastce.kernels import Soft, array_sum, narrowed, tile_rows, widened
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -120,7 +120,7 @@ class Problem(NamedTuple):
     smoothing: float = 0.0
     weight: NDArray[np.float64] | None = None  #: (n_classes,)
     sample_weight: NDArray[np.float64] | None = None  #: (n_rows,)
-    unit: float = 1.0  #: of losses, in nats
+    row_weights: NDArray[np.float64] | None = None  #: (n_rows,) of losses as the kernels compute them
 
     @property
     def n_rows(self) -> int:
@@ -166,16 +166,6 @@ class Problem(NamedTuple):
             ignored |= self.sample_weight == 0
         return len(y) - int(np.count_nonzero(ignored))
 
-    def row_weights(self) -> NDArray[np.float64] | None:
-        """Return what multiplies the loss of each row, in nats, that the kernels compute."""
-        weights = self.sample_weight
-        if self.weight is not None and self.probs is None and not self.smoothing:
-            of_class = self.weight.take(self.targets, mode="clip")
-            weights = of_class if weights is None else weights * of_class
-        if self.unit == 1.0:
-            return weights
-        return repeated(self.unit, self.n_rows) if weights is None else weights * self.unit
-
     def total_weight(self, n_kept: int) -> float:
         """Return what the mean divides by: PyTorch's rule.
 
@@ -192,12 +182,12 @@ class Problem(NamedTuple):
         """Return which rows are kept."""
         return self.targets.view(np.uint64) < np.uint64(self.n_classes)
 
-    def soft(self, probs: NDArray[Any] | None) -> Soft | None:
-        """Return the kernels' description of targets that are more than ids, given their block."""
+    def soft(self) -> Soft | None:
+        """Return the kernels' description of soft targets, but for the probabilities, or None."""
         if self.probs is None and not self.smoothing:
             return None
         weight = None if self.weight is None else self.weight.astype(self.dtype)
-        return Soft(probs, weight, self.smoothing)
+        return Soft(None, weight, self.smoothing)
 
 
 def sliced(
@@ -416,7 +406,7 @@ def _with_options(
 ) -> Problem:
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
-    problem = problem._replace(smoothing=float(label_smoothing), unit=check_base(base))
+    problem = problem._replace(smoothing=float(label_smoothing))
     if weight is not None:
         w = finite_numbers(real_numbers(weight, "weight", [(problem.n_classes,)]), "weight")
         if (w < 0).any():
@@ -427,7 +417,18 @@ def _with_options(
         w = finite_numbers(w, "sample_weight")
         targets = np.where(w == 0, np.int64(-1), problem.targets)
         problem = problem._replace(sample_weight=w, targets=targets)
-    return problem
+    return problem._replace(row_weights=_row_weights(problem, check_base(base)))
+
+
+def _row_weights(problem: Problem, unit: float) -> NDArray[np.float64] | None:
+    """Return what multiplies the loss of each row, in nats; ``unit`` is the base's."""
+    weights = problem.sample_weight
+    if problem.weight is not None and problem.probs is None and not problem.smoothing:
+        of_class = problem.weight.take(problem.targets, mode="clip")
+        weights = of_class if weights is None else weights * of_class
+    if unit == 1.0:
+        return weights
+    return repeated(unit, problem.n_rows) if weights is None else weights * unit
 
 
 def real_numbers(
@@ -475,23 +476,6 @@ def check_normalizer(normalizer: float | None, reduction: str) -> None:
         raise ValueError(
             f"normalizer: expected a finite number that is not negative, got {normalizer!r}"
         )
-
-
-def widened(array: NDArray[Any]) -> NDArray[Any]:
-    """Return an array that NumPy can calculate with: the bits of bfloat16 as float32."""
-    if array.dtype != np.uint16:
-        return array
-    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def narrowed(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return an array rounded to a dtype; uint16 holds the bits of bfloat16."""
-    if dtype != np.uint16:
-        return array.astype(dtype)
-    bits = array.astype(np.float32).view(np.uint32)
-    # to nearest, ties to even; NaN, whose lower half is 0, does not overflow into -0
-    up = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-    return ((bits + up) >> np.uint32(16)).astype(np.uint16)
 
 
 def invalid_probs(
@@ -559,7 +543,7 @@ def grad_view(grad: NDArray[Any], problem: Problem) -> RowView:
 
 
 def check_scale(
-    grad_output: ArrayLike | None, problem: Problem, reduction: str, total_weight: float
+    grad_output: ArrayLike | None, problem: Problem, reduction: str, divisor: float
 ) -> NDArray[np.float64]:
     """Return what multiplies each row's gradient: grad_output, weights, unit, the mean's division."""
     scale: NDArray[np.float64] | float = 1.0
@@ -569,11 +553,10 @@ def check_scale(
             shapes.append(problem.batch_shape)
         scale = real_numbers(grad_output, "grad_output", shapes).reshape(-1)
         scale = scale if scale.size != 1 else float(scale[0])
-    weights = problem.row_weights()
-    if weights is not None:
-        scale = scale * weights
+    if problem.row_weights is not None:
+        scale = scale * problem.row_weights
     if reduction == "mean":  # over nothing: the gradient is 0, not NaN
-        scale = scale / total_weight if total_weight else scale * 0.0
+        scale = scale / divisor if divisor else scale * 0.0
     return scale if isinstance(scale, np.ndarray) else repeated(scale, problem.n_rows)
 
 

@@ -21,7 +21,9 @@ from fastce.kernels import (
     Stats,
     exact_sum,
     log_scale,
+    narrowed,
     tile_rows,
+    widened,
 )
 
 # Rows are taken a block at a time, so that temporaries stay in cache and memory stays bounded.
@@ -103,7 +105,7 @@ class NumpyKernels(Kernels):
                     if soft is None
                     else _soft_gradient(rows, shares, scale[at])
                 )
-                grad[where] = _narrowed(found, grad.dtype)
+                grad[where] = narrowed(found, grad.dtype)
         if grad is not None:
             grad[divmod(first_row + np.flatnonzero(ignored), inner)] = 0
         _sum_tiles(losses, tile_sums, n_classes)
@@ -126,7 +128,7 @@ class NumpyKernels(Kernels):
         for at, where in _blocks(np.arange(n_rows), first_row, inner, n_classes):
             rows = _exponentials(_widened(logits[where]), np.zeros(len(at), np.int64))
             found = _log_softmax(rows) if log else _softmax(rows)
-            out[where] = _narrowed(found, out.dtype)
+            out[where] = narrowed(found, out.dtype)
 
     @np.errstate(all="ignore")
     def kl_from_logits(
@@ -224,7 +226,7 @@ class NumpyKernels(Kernels):
             if grad is not None:
                 s = np.ones(len(v)) if scale is None else scale[some].astype(np.float64)
                 slope = np.where((w == 0) | (s == 0), 0.0, slope * (s * grad_unit))
-                grad[some] = _narrowed(slope, grad.dtype)
+                grad[some] = narrowed(slope, grad.dtype)
         return n_bad
 
 
@@ -243,17 +245,7 @@ def _blocks(
 
 
 def _widened(x: NDArray[Any]) -> NDArray[np.float64]:
-    if x.dtype == np.uint16:  # bfloat16: the upper half of a float32
-        x = (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return x.astype(np.float64)
-
-
-def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if dtype != np.uint16:
-        return grad.astype(dtype)
-    bits = grad.astype(np.float32).view(np.uint32)
-    # to nearest, ties to even; NaN, whose lower half is 0, does not overflow into -0
-    return ((bits + (0x7FFF + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype(dtype)
+    return widened(x).astype(np.float64)
 
 
 def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
