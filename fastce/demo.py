@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 import fastce
 from fastce.scoring import Figures
-from fastce.scoring.formats import NpyWriter, atomic_file
+from fastce.scoring.atomic import atomic_file
+from fastce.scoring.formats.npy import NpyWriter
 
 N_CLASSES = 256  # one for each value of a byte
 N_STEPS = 700

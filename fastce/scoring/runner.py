@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastce import __version__, registry
+from fastce.scoring.atomic import atomic_file
 from fastce.scoring.figures import Figures, Input, Run, Tally
-from fastce.scoring.formats import InputError, NpyFile, NpyReader, NpyWriter, atomic_file
-from fastce.scoring.shards import Paths, Shard, find_shards
+from fastce.scoring.formats import InputError, Paths, Source, open_source
+from fastce.scoring.formats.npy import NpyWriter
+from fastce.scoring.shards import Shard, find_shards
 from fastce.stats import row_stats
 
 _MIB = 2**20
@@ -118,7 +120,7 @@ def score_files(
     _check_options(top_k, n_bytes, block_mib)
     shards = find_shards(logits, targets)
     folder = None if out is None else _output_folder(Path(out), shards)
-    chosen = registry.choose(backend, shards[0].logits.dtype.name)
+    chosen = registry.choose(backend, shards[0].logits.dtype_name)
     options = _Options(ignore_index, num_threads, chosen.name)
     registry.load(chosen)  # now, so that importing it does not count as scoring
     tally = Tally(top_k)
@@ -202,13 +204,13 @@ class _Blocks:
         """Yield the first row of each block, its logits and its targets."""
         y = np.empty(len(self._x), shard.targets.dtype)
         with (
-            NpyReader(shard.logits) as logits,
-            NpyReader(shard.targets, shard.first_target) as targets,
+            open_source(shard.logits) as logits,
+            open_source(shard.targets) as targets,
         ):
             for row in range(0, shard.n_rows, len(y)):
                 n = min(len(y), shard.n_rows - row)
-                logits.read_into(self._x[:n])
-                targets.read_into(y[:n])
+                logits.read_into(row, self._x[:n])
+                targets.read_into(shard.first_target + row, y[:n])
                 yield row, self._x[:n], y[:n]
 
 
@@ -220,6 +222,7 @@ def _score(
             x,
             y,
             ignore_index=options.ignore_index,
+            dtype="bfloat16" if shard.logits.bfloat16 else None,
             num_threads=options.num_threads,
             backend=options.backend,
         )
@@ -249,8 +252,8 @@ def _loss_writer(folder: Path | None, shard: Shard) -> Iterator[NpyWriter | None
         yield NpyWriter(file, shard.logits.shape[:-1], shard.loss_dtype)
 
 
-def _input(npy: NpyFile) -> Input:
-    return Input(str(npy.path), npy.shape, npy.dtype.name, npy.n_bytes)
+def _input(npy: Source) -> Input:
+    return Input(str(npy.path), npy.shape, npy.dtype_name, npy.n_bytes)
 
 
 def _versions() -> dict[str, str]:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastce.scoring.formats import InputError, NpyFile, expand, inspect
-
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-_LOGITS_DTYPES = ("float16", "float32", "float64")
-_TARGETS_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+from fastce.scoring.formats import InputError, Paths, Source, find
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One logits file and where its targets are."""
 
-    logits: NpyFile
-    targets: NpyFile
+    logits: Source
+    targets: Source
     first_target: int
 
     @property
@@ -46,24 +38,18 @@ class Shard:
 
 def find_shards(logits: Paths, targets: Paths) -> list[Shard]:
     """Check every file and say which targets belong to which logits, before any row is read."""
-    return _pair(expand(logits), expand(targets))
-
-
-def _pair(logits: list[Path], targets: list[Path]) -> list[Shard]:
-    if not logits or len(targets) not in (1, len(logits)):
+    xs, ys = find(logits, "logits"), find(targets, "targets")
+    if not xs or len(ys) not in (1, len(xs)):
         raise ValueError(
-            f"targets: expected one file, or one for each of the {len(logits)} logits files; "
-            f"got {len(targets)}"
+            f"targets: expected one file, or one for each of the {len(xs)} logits files; got {len(ys)}"
         )
-    xs = [inspect(path, _LOGITS_DTYPES) for path in logits]
     for x in xs:
         _check_logits(x, xs[0])
-    ys = [inspect(path, _TARGETS_DTYPES) for path in targets]
     groups = [xs] if len(ys) == 1 else [[x] for x in xs]
     return [shard for group, y in zip(groups, ys, strict=True) for shard in _shards_of(group, y)]
 
 
-def _check_logits(x: NpyFile, first: NpyFile) -> None:
+def _check_logits(x: Source, first: Source) -> None:
     if len(x.shape) not in (2, 3) or x.shape[-1] == 0:
         raise InputError(
             f"{x.path}: expected logits of shape (n_rows, n_classes) or (n, m, n_classes), "
@@ -76,7 +62,7 @@ def _check_logits(x: NpyFile, first: NpyFile) -> None:
         )
 
 
-def _shards_of(xs: list[NpyFile], y: NpyFile) -> list[Shard]:
+def _shards_of(xs: list[Source], y: Source) -> list[Shard]:
     """Return the shards whose targets follow one another in one file."""
     n_rows = [math.prod(x.shape[:-1]) for x in xs]
     allowed: list[tuple[int, ...]] = [(sum(n_rows),)]

@@ -1,0 +1,140 @@
+"""What a file format gives: arrays described by their headers, and readers of their rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: What the numbers of an array of logits are.
+Kind = Literal["logits", "logprobs", "probs"]
+
+
+class InputError(ValueError):
+    """An input file cannot be used; the message names the file, what is wrong, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An array in a file, as the file's header describes it: checked, and no element read yet.
+
+    Rows are what the array's leading axes count, in C order: of an array of logits all axes but the
+    last, of targets all axes.
+    """
+
+    path: Path
+    name: str | None  #: of the array, in a file of several
+    format: str  #: the module of `fastce.scoring.formats` that reads it
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]  #: of the elements as they are read; uint16 where they are bfloat16
+    n_bytes: int  #: of the file
+    mtime_ns: int  #: of the file; a reader refuses a file that is no longer of this size and time
+    bfloat16: bool = False
+    kind: Kind | None = None  #: where the format says it
+    note: str | None = None  #: what users should hear about the file
+    offset: int = 0  #: of the first element, in a format that stores them as they are in memory
+
+    @property
+    def label(self) -> str:
+        """The file, and which of its arrays, as users write it."""
+        return str(self.path) if self.name is None else f"{self.path}::{self.name}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the elements: float32, bfloat16 and so on."""
+        return "bfloat16" if self.bfloat16 else self.dtype.name
+
+    def as_bfloat16(self) -> Source:
+        """Return the same array of 16-bit elements, taken as bfloat16."""
+        return replace(self, dtype=np.dtype(self.dtype.str[0].replace("|", "=") + "u2"), bfloat16=True)
+
+
+class Reader(Protocol):
+    """Reads rows of one array; a context manager that refuses a file which changes meanwhile."""
+
+    def read_into(self, first_row: int, rows: NDArray[Any]) -> None:
+        """Fill a C-contiguous array of the source's dtype with rows from ``first_row`` on.
+
+        ``rows`` is (n, n_classes) for logits and (n,) for targets.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+
+def regular_file(path: Path) -> os.stat_result:
+    """Return the status of a file that can be opened without waiting for ever, as a pipe could."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: expected a regular file; save the array with numpy.save")
+    return status
+
+
+def read_head(path: Path, n_bytes: int) -> bytes:
+    """Return the first bytes of a file, fewer if it is shorter."""
+    try:
+        with path.open("rb") as file:
+            return file.read(n_bytes)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class FileReader:
+    """A file open for reading that must stay as its source says."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        try:
+            self.file = source.path.open("rb", buffering=0)
+        except OSError as error:
+            raise InputError(f"{source.path}: cannot be read: {error.strerror}") from error
+        self._check_unchanged()
+
+    def read_at(self, offset: int, array: NDArray[Any]) -> None:
+        """Fill a C-contiguous array with the file's bytes from an offset on."""
+        self.file.seek(offset)
+        rest = array.reshape(-1).view(np.uint8).data
+        while rest:
+            n_read = self.file.readinto(rest)  # may stop early; Linux does so at 2 GiB
+            if not n_read:
+                raise InputError(f"{self.source.path}: was truncated while it was read; run again")
+            rest = rest[n_read:]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._check_unchanged()
+        finally:
+            self.file.close()
+
+    def _check_unchanged(self) -> None:
+        status = os.fstat(self.file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.source.n_bytes, self.source.mtime_ns):
+            raise InputError(f"{self.source.path}: was changed while it was read; run again")
+
+
+class RawReader(FileReader):
+    """Reads elements that stand in the file as they do in memory, one after another."""
+
+    def read_into(self, first_row: int, rows: NDArray[Any]) -> None:
+        """Fill an array with rows from ``first_row`` on."""
+        row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+        self.read_at(self.source.offset + first_row * row_bytes, rows)
