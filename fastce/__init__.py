@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastce.config import show_config
     from fastce.losses import cross_entropy, cross_entropy_with_grad, nll_loss, nll_loss_with_grad
     from fastce.registry import BackendUnavailable, backends, use_backend
-    from fastce.scoring import score_files
+    from fastce.scoring import Scorer, score_files
     from fastce.stats import row_stats
     from fastce.threads import set_num_threads
 
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "Scorer",
     "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_grad",
@@ -48,6 +49,7 @@ __all__ = [
 # Names load with their module when first used, so that `fastce --help` waits for no library.
 _HOMES = {
     "BackendUnavailable": "fastce.registry",
+    "Scorer": "fastce.scoring",
     "backends": "fastce.registry",
     "binary_cross_entropy": "fastce.binary",
     "binary_cross_entropy_with_grad": "fastce.binary",

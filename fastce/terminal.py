@@ -72,9 +72,11 @@ def score_progress(show: Show) -> Callable[[Progress], None]:
     started = time.monotonic()
 
     def on_block(at: Progress) -> None:
-        rows_per_second = at.rows_done / max(time.monotonic() - started, 1e-9)
+        n_new = at.rows_done - at.rows_before
+        rows_per_second = n_new / max(time.monotonic() - started, 1e-9)
         speed = _speed(rows_per_second, rows_per_second * at.row_bytes)
-        show(at.rows_done, at.rows_total, f"{speed}, mean NLL {at.mean_nll:.4f}")
+        text = f"{speed}, mean NLL {at.mean_nll:.4f} ± {at.standard_error:.4f}"
+        show(n_new, at.rows_total - at.rows_before, text)
 
     return on_block
 
@@ -96,13 +98,25 @@ def _figure_rows(figures: Figures) -> Iterator[tuple[str, str]]:
     yield "sum of NLL", f"{figures.nll_sum:.6f} nats"
     yield "mean NLL", f"{figures.mean_nll:.6f} ± {figures.standard_error:.6f} nats"
     yield "perplexity", f"{figures.perplexity:.6g}"
+    if figures.sequences is not None:
+        yield "sequences", f"{figures.sequences:,}"
+        yield "mean perplexity of sequences", f"{figures.mean_sequence_perplexity:.6g}"
     yield "bits per token", f"{figures.bits_per_token:.6f}"
     if figures.bits_per_byte is not None:
         yield "bits per byte", f"{figures.bits_per_byte:.6f}"
+        yield "byte perplexity", f"{figures.byte_perplexity:.6g}"
+    if figures.word_perplexity is not None:
+        yield "word perplexity", f"{figures.word_perplexity:.6g}"
     for k, accuracy in figures.top_k_accuracy.items():
-        yield f"top-{k} accuracy", f"{accuracy:.2%}"
-    yield "speed", _speed(figures.run.rows_per_second, figures.run.bytes_per_second)
-    yield "backend", figures.run.backend
+        yield f"top-{k} accuracy", f"{accuracy:.2%} ± {figures.top_k_standard_error[k]:.2%}"
+    yield "mean rank", f"{figures.mean_rank:.4g}"
+    yield "mean entropy", f"{figures.mean_entropy:.6f} nats"
+    yield "mean confidence", f"{figures.mean_confidence:.2%}"
+    yield "ECE, MCE", f"{figures.ece:.2%}, {figures.mce:.2%}"
+    yield "Brier score", f"{figures.brier:.6f}"
+    if figures.run is not None:
+        yield "speed", _speed(figures.run.rows_per_second, figures.run.bytes_per_second)
+        yield "backend", figures.run.backend
 
 
 def _speed(rows_per_second: float, bytes_per_second: float) -> str:

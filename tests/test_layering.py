@@ -29,7 +29,7 @@ ALLOWED = {
     "config": {"cpu", "registry", "threads", "_native", "__version__"},
     "_backends": {"_backends", "kernels", "_native"},
     "_native": set(),
-    "scoring": {"kernels", "registry", "scoring", "stats", "__version__"},
+    "scoring": {"info", "kernels", "registry", "scoring", "stats", "__version__"},
     # the library's users: what is public, and the scoring they show
     "demo": {"", "scoring"},
     "bench": {"", "bandwidth", "cpu", "registry"},

@@ -145,14 +145,18 @@ def test_out_holds_complete_files_alone(tmp_path, dump):
         "figures.json",
         "logits-10.loss.npy",
         "logits-2.loss.npy",
+        "parts",
+        "plan.json",
     ]
     document = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert document == figures.as_dict()
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
+    told = figures.as_dict()
+    assert set(told.pop("run")) > set(document.pop("run")) == {"backend", "isa", "versions"}
+    assert document == told
     assert document["figures"]["nll_sum"] == figures.nll_sum
     assert document["inputs"]["logits"][0]["shape"] == [6_001, N_CLASSES]
     assert document["inputs"]["targets"][0]["bytes"] == (dump / "targets.npy").stat().st_size
-    assert document["run"]["backend"] in [b.name for b in fastce.backends() if b.chosen]
+    assert figures.run.backend in [b.name for b in fastce.backends() if b.chosen]
 
 
 def test_a_failed_run_leaves_no_losses(tmp_path, dump, rows):
@@ -161,7 +165,8 @@ def test_a_failed_run_leaves_no_losses(tmp_path, dump, rows):
     np.save(dump / "targets.npy", targets)
     with pytest.raises(InputError):
         score(dump, out=tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["logits-2.loss.npy"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["parts", "plan.json"]
+    assert len(os.listdir(tmp_path / "out" / "parts")) == 2  # of the first file: losses and record
 
 
 def test_target_outside_names_file_row_and_value(dump, rows):
@@ -293,10 +298,15 @@ def test_options_are_checked(dump, tmp_path):
             score(dump, **{name: value})
     with pytest.raises(ValueError, match="targets: expected one file, or one for each of the 1"):
         score_files(dump / "logits-2.npy", [dump / "targets.npy"] * 2)
-    np.save(dump / "x.npy", np.zeros((1, 2)))
-    np.save(dump / "y.npy", [0])
-    with pytest.raises(ValueError, match="logits files of different names"):
-        score_files([dump / "x.npy"] * 2, [dump / "y.npy"] * 2, out=tmp_path / "out")
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", np.zeros((1, 2)))
+    np.save(tmp_path / "y.npy", [0, 1])
+    score_files(tmp_path / "*" / "x.npy", tmp_path / "y.npy", out=tmp_path / "out")
+    assert {"a_x.loss.npy", "b_x.loss.npy"} < set(os.listdir(tmp_path / "out"))
 
 
 def test_a_file_changed_while_it_is_read_is_refused(dump):

@@ -2,6 +2,8 @@
 
 from fastce.scoring.figures import Figures
 from fastce.scoring.formats import InputError
+from fastce.scoring.records import IncompleteError
 from fastce.scoring.runner import Progress, score_files
+from fastce.scoring.scorer import Scorer
 
-__all__ = ["Figures", "InputError", "Progress", "score_files"]
+__all__ = ["Figures", "IncompleteError", "InputError", "Progress", "Scorer", "score_files"]

@@ -1,14 +1,14 @@
-"""The loop over blocks: read, score, add up, write."""
+"""A run: what is to be done, the loop over parts and blocks, here or on an executor's workers."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastce import __version__, registry
-from fastce.scoring.atomic import atomic_file
-from fastce.scoring.figures import Figures, Input, Run, Tally
-from fastce.scoring.formats import InputError, Paths, Source, open_source
+from fastce.scoring import records
+from fastce.scoring.checks import SAMPLE_ROWS, looks_wrong
+from fastce.scoring.figures import Figures, Run, Tally
+from fastce.scoring.formats import InputError, Kind, Paths, Reader, open_source
 from fastce.scoring.formats.npy import NpyWriter
-from fastce.scoring.shards import Shard, find_shards
-from fastce.stats import row_stats
+from fastce.scoring.records import Folder
+from fastce.scoring.scorer import Options, Sequences, kept_rows, masked, score_rows, scored_options
+from fastce.scoring.shards import Part, Shard, cut, find_sequences, find_shards
 
 _MIB = 2**20
 
@@ -30,27 +32,45 @@ _MIB = 2**20
 class Progress:
     """How far a run is."""
 
-    rows_done: int
+    rows_done: int  #: with those of earlier runs
+    rows_before: int  #: those of earlier runs
     rows_total: int
     row_bytes: int  #: of logits
     mean_nll: float  #: of the rows so far; NaN before the first kept one
+    standard_error: float  #: of it
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
-    ignore_index: int | None
-    num_threads: int | None
+class Settings:
+    """How parts are scored; none of it changes a figure but for the backend."""
+
     backend: str
+    isa: str | None
+    num_threads: int | None
+    block_bytes: int
 
 
 def score_files(
     logits: Paths,
-    targets: Paths,
+    targets: Paths | None = None,
     *,
+    mask: Paths | None = None,
     ignore_index: int | None = -100,
+    kind: Kind | None = None,
+    vocab: int | None = None,
+    temperature: float = 1.0,
+    dtype: str | None = None,
+    seq_len: int | None = None,
+    lengths: Paths | None = None,
+    shift: bool = False,
     top_k: Sequence[int] = (1, 5),
+    n_bins: int = 15,
     n_bytes: int | None = None,
+    n_words: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    shard: tuple[int, int] | None = None,
+    executor: Executor | None = None,
     block_mib: int = 64,
     num_threads: int | None = None,
     backend: str | None = None,
@@ -61,32 +81,60 @@ def score_files(
     Parameters
     ----------
     logits : path, pattern, or sequence of them
-        `.npy` files of float16, float32 or float64 in C order, all of one dtype and number of classes,
-        of shape (n_rows, n_classes) or with two leading axes, whose rows are then taken in order. The
-        files a pattern matches are taken in natural order: logits-2 before logits-10.
-    targets : path, pattern, or sequence of them
-        `.npy` files of integer class ids: one for all the logits files' rows in order, or one for each
-        logits file; flat, or of the logits' leading axes.
+        Arrays of float16, bfloat16, float32 or float64, all of one dtype and number of classes, of
+        shape (n_rows, n_classes) or with two leading axes, whose rows are then taken in order. Files a
+        pattern matches are taken in natural order: logits-2 before logits-10. ``FILE::NAME`` is one
+        array of a file that has several. Formats: see the README.
+    targets : path, pattern, or sequence of them, optional
+        Arrays of integer class ids: one for all the logits files' rows in order, or one for each logits
+        file; flat, or of the logits' leading axes. Default: those that a ``.kld`` file holds itself.
+    mask : path, pattern, or sequence of them, optional
+        As targets, of integers or bool: rows where it is 0 are not scored.
     ignore_index : int or None, default -100
         Rows with this target are not scored.
-    top_k : sequence of int, default (1, 5)
-        The k of the top-k accuracies.
-    n_bytes : int, optional
-        Bytes of text the kept rows stand for, for ``bits_per_byte``.
+    kind : {"logits", "logprobs", "probs"}, optional
+        What the numbers are. Default: what the format says, else logits. See `Scorer`.
+    vocab : int, optional
+        Use the first so many classes alone: a padded vocabulary.
+    temperature : float, default 1
+        Logits are divided by it.
+    dtype : {"bfloat16"}, optional
+        16-bit integers are the bits of bfloat16.
+    seq_len : int, optional
+        Rows of a sequence. Default: the middle axis of three.
+    lengths : path, pattern, or sequence of them, optional
+        Rows of each sequence, in order, where these differ.
+    shift : bool, default False
+        The target of a row is that of the next row: logits that predict the next token, beside the
+        tokens themselves. The last row of a sequence is not scored. A file is one sequence if nothing
+        else is said.
+    top_k, n_bins
+        As in `Scorer`.
+    n_bytes, n_words : int, optional
+        Bytes and words of text the kept rows stand for, for figures per byte and word.
     out : path, optional
         Folder for ``<stem>.loss.npy``, the rows' losses, for each logits file, and ``figures.json``;
         made if it is missing. A file appears there complete or not at all.
+    resume : bool, default True
+        Take the parts that an earlier run left in ``out`` as done, if it scored the same files with
+        the same options, backend and version.
+    shard : (int, int), optional
+        (i, n): score the i-th of n shares of the parts, counted from 1, and leave the rest; needs
+        ``out``. `merge` makes the figures of all. The figures returned are those of the share.
+    executor : concurrent.futures.Executor, optional
+        Scores the parts on its workers, which must see the files by the same paths. Default: here.
     block_mib : int, default 64
-        Size of the block read at a time, in MiB; it bounds the memory used and changes no figure.
+        MiB of logits in memory at a time; bounds the memory used and changes no figure.
     num_threads, backend
         As in `cross_entropy`.
     progress : callable, optional
-        Called with a `Progress` after each block.
+        Called with a `Progress` after each block; with an executor, after each part.
 
     Returns
     -------
     Figures
-        Counts, sums, mean with standard error, perplexity, accuracies; and how they were computed.
+        Counts, sums, mean with standard error, perplexity, accuracies, calibration; and how they were
+        computed.
 
     Raises
     ------
@@ -98,13 +146,14 @@ def score_files(
     BackendUnavailable
         If the backend asked for cannot run here.
     OSError
-        If ``out`` cannot be written.
+        If ``out`` cannot be written. What was done before is kept.
 
     Notes
     -----
-    float16 logits are widened to float32 in registers, which is exact. Sums are correctly rounded
-    over fixed chunks of rows, so neither the block size nor the number of threads changes a bit of the
-    result.
+    A file is scored in parts of fixed size; each leaves its losses and a record in ``out`` before it
+    counts. A run that is killed at any moment is continued by the same call. Half logits are widened
+    to float32 in registers, which is exact. Sums are exact, so neither blocks, parts, threads, workers
+    nor their order change a bit of the result.
 
     Examples
     --------
@@ -117,143 +166,276 @@ def score_files(
     >>> round(figures.mean_nll, 6), figures.top_k_accuracy
     (1.41854, {1: 0.5, 5: 1.0})
     """
-    _check_options(top_k, n_bytes, block_mib)
-    shards = find_shards(logits, targets)
-    folder = None if out is None else _output_folder(Path(out), shards)
-    chosen = registry.choose(backend, shards[0].logits.dtype_name)
-    options = _Options(ignore_index, num_threads, chosen.name)
-    registry.load(chosen)  # now, so that importing it does not count as scoring
-    tally = Tally(top_k)
-    started = time.perf_counter()
-    _score_shards(shards, tally, options, block_mib * _MIB, folder, progress)
-    seconds = time.perf_counter() - started
-    n_read = sum(shard.logits.n_bytes for shard in shards)
-    run = Run(
-        backend=chosen.name,
-        isa=chosen.isa,
-        seconds=seconds,
-        rows_per_second=tally.rows / seconds,
-        bytes_per_second=n_read / seconds,
-        versions=_versions(),
-    )
-    figures = tally.figures(
-        n_bytes=n_bytes,
-        logits=tuple(_input(shard.logits) for shard in shards),
-        targets=tuple(_input(npy) for npy in dict.fromkeys(shard.targets for shard in shards)),
-        run=run,
-    )
-    if folder is not None:
-        with atomic_file(folder / "figures.json") as file:
-            file.write(json.dumps(figures.as_dict(), indent=2, allow_nan=False).encode() + b"\n")
-    return figures
-
-
-def _check_options(top_k: Sequence[int], n_bytes: int | None, block_mib: int) -> None:
-    if any(k < 1 for k in top_k):
-        raise ValueError(f"top_k: expected whole numbers of at least 1, got {list(top_k)}")
-    for name, value in (("n_bytes", n_bytes), ("block_mib", block_mib)):
+    for name, value in (("n_bytes", n_bytes), ("n_words", n_words), ("block_mib", block_mib)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+    if shard is not None and not (out is not None and 1 <= shard[0] <= shard[1]):
+        raise ValueError(f"shard: expected (i, n) with 1 <= i <= n, and out; got {shard}, {out}")
+    if dtype not in (None, "bfloat16", "bf16"):
+        raise ValueError(f"dtype: expected bfloat16 or nothing, got {dtype!r}")
+    shards = find_shards(logits, targets, mask, bfloat16=dtype is not None)
+    options = Options(
+        ignore_index,
+        kind or shards[0].logits.kind or "logits",
+        vocab,
+        float(temperature),
+        tuple(top_k),
+        n_bins,
+    )
+    if vocab is not None and vocab > shards[0].n_classes:
+        raise ValueError(f"vocab: expected at most {shards[0].n_classes} classes, got {vocab}")
+    chosen = registry.choose(backend, shards[0].logits.dtype_name)
+    registry.load(chosen)  # now, so that importing it does not count as scoring
+    settings = Settings(chosen.name, chosen.isa, num_threads, block_mib * _MIB)
+    starts = find_sequences(shards, seq_len=seq_len, lengths=lengths, shift=shift)
+    parts = cut(shards, starts, shift=shift)
+    about = {
+        "options": options.as_json() | {"shift": shift},
+        "n_bytes": n_bytes,
+        "n_words": n_words,
+        "by": {"backend": chosen.name, "isa": chosen.isa, "versions": _versions()},
+        "warnings": [*_notes(shards), *_look(parts, options)],
+    }
+    started = time.perf_counter()
+    job = _Job(parts, options, settings, about, None if out is None else Folder(Path(out)))
+    job.begin(resume=resume, share=shard)
+    job.run(executor, progress)
+    seconds = time.perf_counter() - started
+    figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
+    if job.folder is not None and len(job.found) == len(parts):
+        records.finish(job.folder, job.plan, figures, [job.folder] * len(parts))
+    n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
+    return replace(
+        figures,
+        run=Run(
+            backend=chosen.name,
+            isa=chosen.isa,
+            seconds=seconds,
+            rows_per_second=n_new / seconds,
+            bytes_per_second=n_new * shards[0].row_bytes / seconds,
+            versions=job.plan["by"]["versions"],
+        ),
+    )
 
 
-def _output_folder(folder: Path, shards: list[Shard]) -> Path:
-    seen: dict[str, Path] = {}
-    for path in (shard.logits.path for shard in shards):
-        if path.stem in seen:
-            raise ValueError(
-                f"out: expected logits files of different names, got {seen[path.stem]} and {path}; "
-                "score them into different folders"
-            )
-        seen[path.stem] = path
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+class _Job:
+    """The parts of a run, those that are done, and the loop over the rest."""
+
+    def __init__(
+        self,
+        parts: list[Part],
+        options: Options,
+        settings: Settings,
+        about: dict[str, Any],
+        folder: Folder | None,
+    ) -> None:
+        self.parts = parts
+        self.options = options
+        self.settings = settings
+        self.folder = folder
+        self.keys = [part.key(options, settings.backend, settings.isa, __version__) for part in parts]
+        self.plan = records.make_plan(parts, self.keys, **about)
+        self.found: dict[int, dict[str, Any]] = {}  # records, by the number of the part
+        self.before: set[int] = set()
+        self.todo = list(range(len(parts)))
+
+    def begin(self, *, resume: bool, share: tuple[int, int] | None) -> None:
+        """Find what earlier runs have done."""
+        if share is not None:
+            self.todo = self.todo[share[0] - 1 :: share[1]]
+        if self.folder is None:
+            return
+        self.folder.make()
+        self.folder.write_plan(self.plan)
+        if resume:
+            for i in self.todo:
+                record = self.folder.read_record(self._name(i), self.keys[i])
+                if record is not None:
+                    self.found[i] = record
+            self.before = set(self.found)
+            self.todo = [i for i in self.todo if i not in self.found]
+
+    def run(self, executor: Executor | None, progress: Callable[[Progress], None] | None) -> None:
+        """Score the parts that are left."""
+        done = Tally(self.options.top_k, self.options.n_bins)
+        for record in self.found.values():
+            done.merge(Tally.from_json(record["tally"]))
+        before = done.rows
+        total = before + sum(self.parts[i].n_rows for i in self.todo)
+
+        def show(part: Tally) -> None:
+            if progress is not None:
+                rows, row_bytes = done.rows + part.rows, self.parts[0].shard.row_bytes
+                progress(Progress(rows, before, total, row_bytes, *done.mean_with(part)))
+
+        nothing = Tally(self.options.top_k, self.options.n_bins)
+        if executor is None:
+            blocks = _Blocks(self.settings.block_bytes, [self.parts[i] for i in self.todo])
+            for i in self.todo:
+                self.found[i] = score_part(*self._arguments(i), blocks=blocks, on_block=show)
+                done.merge(Tally.from_json(self.found[i]["tally"]))
+            return
+        futures = {executor.submit(score_part, *self._arguments(i)): i for i in self.todo}
+        try:
+            for future in as_completed(futures):
+                record = self.found[futures[future]] = future.result()
+                done.merge(Tally.from_json(record["tally"]))
+                show(nothing)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _name(self, i: int) -> str:
+        name: str = self.plan["parts"][i]["name"]
+        return name
+
+    def _arguments(self, i: int) -> tuple[Part, Options, Settings, str, str, str | None]:
+        folder = None if self.folder is None else str(self.folder.path.absolute())
+        return self.parts[i], self.options, self.settings, self._name(i), self.keys[i], folder
 
 
-def _score_shards(
-    shards: list[Shard],
-    tally: Tally,
-    options: _Options,
-    block_bytes: int,
-    folder: Path | None,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    blocks = _Blocks(block_bytes, shards)
-    rows_total = sum(shard.n_rows for shard in shards)
-    row_bytes = shards[0].n_classes * shards[0].logits.dtype.itemsize
-    for shard in shards:
-        with _loss_writer(folder, shard) as writer:
-            for row, x, y in blocks.of(shard):
-                loss, rank = _score(shard, row, x, y, options)
-                tally.add(loss, rank, _kept(y, options.ignore_index))
-                if writer is not None:
-                    writer.write(loss)
-                if progress is not None:
-                    progress(Progress(tally.rows, rows_total, row_bytes, tally.running_mean))
-        tally.end_file()
+def score_part(
+    part: Part,
+    options: Options,
+    settings: Settings,
+    name: str,
+    key: str,
+    folder: str | None,
+    *,
+    blocks: _Blocks | None = None,
+    on_block: Callable[[Tally], None] | None = None,
+) -> dict[str, Any]:
+    """Score a part and return its record, once that is on disk if there is a folder.
+
+    This is what workers run. Doing it twice, at once or after another, changes nothing.
+    """
+    tally = Tally(options.top_k, options.n_bins)
+    sequences = None if part.starts is None else Sequences(part.starts)
+    target = None if folder is None else Folder(Path(folder))
+    record = {"name": name, "key": key, "rows": part.n_rows}
+    with ExitStack() as stack:
+        if target is not None:
+            target.make()
+            file = stack.enter_context(target.losses(name))
+            writer = NpyWriter(file, (part.n_rows,), part.shard.loss_dtype)
+        for row, x, y in (blocks or _Blocks(settings.block_bytes, [part])).of(part, options):
+            stats, kept = _score(part, row, x, y, options, settings)
+            loss = stats["loss"]
+            tally.add(stats, kept, None if sequences is None else sequences.add(row, loss, kept))
+            if target is not None:
+                writer.write(loss)
+            if on_block is not None:
+                on_block(tally)
+    if sequences is not None:
+        tally.add_sequences(sequences.means())
+    if target is not None:
+        record["sha256"] = file.hexdigest()
+    record["tally"] = tally.as_json()
+    if target is not None:
+        target.write_record(name, record)
+    return record
 
 
 class _Blocks:
-    """The blocks of rows of shards, one after another in the same memory."""
+    """Blocks of rows of parts, one read while the one before it is scored, in the same memory."""
 
-    def __init__(self, block_bytes: int, shards: list[Shard]) -> None:
-        n_classes, dtype = shards[0].n_classes, shards[0].logits.dtype
-        n_rows = min(block_bytes // (n_classes * dtype.itemsize), max(s.n_rows for s in shards))
-        self._x = np.empty((max(1, n_rows), n_classes), dtype)
+    def __init__(self, block_bytes: int, parts: Sequence[Part]) -> None:
+        if not parts:
+            return
+        shard = parts[0].shard
+        n_rows = min(block_bytes // 2 // shard.row_bytes, max(part.n_rows for part in parts))
+        self._x = [np.empty((max(1, n_rows), shard.n_classes), shard.logits.dtype) for _ in "ab"]
 
-    def of(self, shard: Shard) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
+    def of(self, part: Part, options: Options) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
         """Yield the first row of each block, its logits and its targets."""
-        y = np.empty(len(self._x), shard.targets.dtype)
-        with (
-            open_source(shard.logits) as logits,
-            open_source(shard.targets) as targets,
-        ):
-            for row in range(0, shard.n_rows, len(y)):
-                n = min(len(y), shard.n_rows - row)
-                logits.read_into(row, self._x[:n])
-                targets.read_into(shard.first_target + row, y[:n])
-                yield row, self._x[:n], y[:n]
+        step = len(self._x[0])
+        firsts = range(0, part.n_rows, step)
+        with ExitStack() as stack:
+            logits = stack.enter_context(open_source(part.shard.logits))
+            targets = stack.enter_context(open_source(part.shard.targets))
+            mask = part.shard.mask
+            masks = None if mask is None else stack.enter_context(open_source(mask))
+
+            def read(i: int) -> tuple[int, NDArray[Any], NDArray[Any]]:
+                x = self._x[i % 2][: min(step, part.n_rows - firsts[i])]
+                logits.read_into(part.first_row + firsts[i], x)
+                return firsts[i], x, _read_targets(part, options, targets, masks, firsts[i], len(x))
+
+            ahead = stack.enter_context(ThreadPoolExecutor(1))
+            future = ahead.submit(read, 0) if firsts else None
+            for i in range(len(firsts)):
+                assert future is not None
+                block = future.result()
+                if i + 1 < len(firsts):
+                    future = ahead.submit(read, i + 1)
+                yield block
+
+
+def _read_targets(
+    part: Part, options: Options, targets: Reader, mask: Reader | None, row: int, n: int
+) -> NDArray[Any]:
+    """Return the targets of n rows of a part from one on; those not scored have the ignored id."""
+    shard = part.shard
+    first = shard.first_target + part.first_row + row + part.shift
+    n_there = min(n, shard.first_target + shard.n_rows - first)
+    y = np.zeros(n, shard.targets.dtype)
+    targets.read_into(first, y[:n_there])
+    kept = np.ones(n, bool)
+    if mask is not None and shard.mask is not None:
+        m = np.zeros(n, shard.mask.dtype)
+        mask.read_into(first, m[:n_there])
+        kept &= m != 0
+    if part.shift and part.starts is not None:
+        lasts = np.asarray(part.starts[1:]) - 1 - row
+        kept[lasts[(lasts >= 0) & (lasts < n)]] = False
+    return y if kept.all() else masked(y, kept, options)
 
 
 def _score(
-    shard: Shard, row: int, x: NDArray[Any], y: NDArray[Any], options: _Options
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    part: Part,
+    row: int,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    options: Options,
+    settings: Settings,
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    """Score a block that starts at a row of the part; say which of its rows are kept."""
+    shard = part.shard
+    options = scored_options(options, masks=shard.mask is not None or part.shift)
+    dtype = "bfloat16" if shard.logits.bfloat16 else None
     try:
-        stats = row_stats(
-            x,
-            y,
-            ignore_index=options.ignore_index,
-            dtype="bfloat16" if shard.logits.bfloat16 else None,
-            num_threads=options.num_threads,
-            backend=options.backend,
-        )
+        stats = score_rows(x, y, options, dtype, settings.num_threads, settings.backend)
     except IndexError as error:
-        outside = (y < 0) | (y >= shard.n_classes)
-        i = int((outside & _kept(y, options.ignore_index)).argmax())
+        n_classes = options.vocab or shard.n_classes
+        kept = kept_rows(y, options.ignore_index)
+        i = int((((y < 0) | (y >= n_classes)) & kept).argmax())
+        at = shard.first_target + part.first_row + row + i + part.shift
         raise InputError(
-            f"{shard.targets.path}: row {shard.first_target + row + i} = {int(y[i])} is outside "
-            f"[0, {shard.n_classes}) (row {row + i} of {shard.logits.path}); "
+            f"{shard.targets.label}: row {at} = {int(y[i])} is outside [0, {n_classes}) "
+            f"(row {part.first_row + row + i} of {shard.logits.label}); "
             f"if it is padding, set the ignore index to {int(y[i])}"
         ) from error
-    assert stats.loss is not None
-    assert stats.rank is not None
-    return stats.loss, stats.rank
+    return stats, kept_rows(y, options.ignore_index)
 
 
-def _kept(y: NDArray[Any], ignore_index: int | None) -> NDArray[np.bool_]:
-    return np.ones(len(y), bool) if ignore_index is None else y != ignore_index
+def _look(parts: Sequence[Part], options: Options) -> list[str]:
+    """Return what looks wrong in the first rows."""
+    if not parts:
+        return []
+    part = parts[0]
+    n_rows = min(part.n_rows, SAMPLE_ROWS)
+    first = replace(part, n_rows=n_rows, starts=part.starts and (0, n_rows))
+    _, x, y = next(_Blocks(n_rows * 2 * part.shard.row_bytes, [first]).of(first, options))
+    kept = kept_rows(y, options.ignore_index)
+    return looks_wrong(
+        x, np.where(kept, y.astype(np.int64), -1), options, bfloat16=part.shard.logits.bfloat16
+    )
 
 
-@contextmanager
-def _loss_writer(folder: Path | None, shard: Shard) -> Iterator[NpyWriter | None]:
-    if folder is None:
-        yield None
-        return
-    with atomic_file(folder / f"{shard.logits.path.stem}.loss.npy") as file:
-        yield NpyWriter(file, shard.logits.shape[:-1], shard.loss_dtype)
-
-
-def _input(npy: Source) -> Input:
-    return Input(str(npy.path), npy.shape, npy.dtype_name, npy.n_bytes)
+def _notes(shards: Sequence[Shard]) -> list[str]:
+    return [f"{s.logits.path}: {s.logits.note}" for s in shards if s.logits.note]
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,161 @@
+"""Exact sums of floats: the same in every bit in any order, however the numbers are cut and merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A sum is an integer in units of 2**-_SCALE: the square of the smallest float64 is one unit.
+_SCALE = 2 * 1074
+
+# So many numbers are added at a time: they and their rests stay in L1.
+_CHUNK = 4096
+_CHUNK_BITS = 12
+
+# Beyond this exponent sums of a chunk could overflow; so large numbers are added one by one.
+_LARGEST_EXPONENT = 1000
+
+
+class ExactSums:
+    """Some sums of float64 numbers, exact until they are asked for.
+
+    Numbers are added a chunk at a time. Adding and subtracting a power of two far above them all cuts
+    off their leading bits at one common place, so that these can be added without rounding; the rests,
+    exact too, go through the same until they are 0. Of float32 numbers of similar size that takes two
+    rounds. (S. M. Rump, T. Ogita, S. Oishi, "Accurate Floating-Point Summation Part I", 2008.)
+    """
+
+    def __init__(self, n_sums: int = 1) -> None:
+        self._units = [0] * n_sums
+        self._nans = [0] * n_sums  # numbers that no sum can hold are counted
+        self._infs = [0] * n_sums
+
+    def add(self, values: NDArray[Any], bins: NDArray[np.intp] | None = None) -> None:
+        """Add numbers to the sums that ``bins`` says, or all to the first one."""
+        for start in range(0, len(values), _CHUNK):
+            chunk = values[start : start + _CHUNK].astype(np.float64)
+            self._add_chunk(chunk, None if bins is None else bins[start : start + _CHUNK])
+
+    def _add_chunk(self, rest: NDArray[np.float64], bins: NDArray[np.intp] | None) -> None:
+        largest = float(np.abs(rest).max())
+        if not math.isfinite(largest):
+            self._add_special(rest, bins)
+            np.nan_to_num(rest, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+            largest = float(np.abs(rest).max())
+        while largest:
+            exponent = math.frexp(largest)[1]
+            if exponent > _LARGEST_EXPONENT:
+                for i in np.flatnonzero(rest):
+                    self._units[0 if bins is None else bins[i]] += _to_units(float(rest[i]))
+                return
+            sigma = math.ldexp(1.0, exponent + _CHUNK_BITS + 1)
+            leading = (rest + sigma) - sigma
+            rest -= leading
+            if bins is None:
+                self._units[0] += _to_units(float(leading.sum()))
+            else:
+                sums = np.bincount(bins, leading, len(self._units))
+                for i in np.flatnonzero(sums):
+                    self._units[i] += _to_units(float(sums[i]))
+            largest = float(np.abs(rest).max())
+
+    def _add_special(self, values: NDArray[np.float64], bins: NDArray[np.intp] | None) -> None:
+        for i in np.flatnonzero(~np.isfinite(values)):
+            counts = self._nans if math.isnan(values[i]) else self._infs
+            counts[0 if bins is None else bins[i]] += 1
+
+    def add_squares(self, values: NDArray[Any]) -> None:
+        """Add the squares of numbers to the first sum, without rounding them."""
+        wide = values.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = wide * wide
+            self.add(squares)
+            if values.dtype.itemsize > 4:  # the square of a float32 is a float64
+                high = wide * 134217729.0  # 2**27 + 1 splits a number into halves (Dekker)
+                high -= high - wide
+                low = wide - high
+                errors = ((high * high - squares) + 2 * high * low) + low * low
+                self.add(np.where(np.isfinite(squares), errors, 0.0))
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of another one."""
+        for mine, others in (
+            (self._units, other._units),
+            (self._nans, other._nans),
+            (self._infs, other._infs),
+        ):
+            for i, n in enumerate(others):
+                mine[i] += n
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExactSums):
+            return NotImplemented
+        return (self._units, self._nans, self._infs) == (other._units, other._nans, other._infs)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def values(self) -> list[float]:
+        """Return the sums, each correctly rounded; NaN or infinite if such numbers were added."""
+        return [self.value(i) for i in range(len(self._units))]
+
+    def value(self, i: int = 0) -> float:
+        """Return one sum, correctly rounded."""
+        if self._nans[i] or self._infs[i]:
+            return math.nan if self._nans[i] else math.inf
+        return _divide(self._units[i], 1 << _SCALE)
+
+    def over(self, n: int, i: int = 0) -> float:
+        """Return one sum over a whole number, correctly rounded; NaN over 0."""
+        if n == 0 or self._nans[i] or self._infs[i]:
+            return self.value(i) if n else math.nan
+        return _divide(self._units[i], n << _SCALE)
+
+    def variance_of_mean(self, squares: ExactSums, n: int) -> float:
+        """Return sum((x - mean)**2) / (n - 1) / n from this sum of x and a sum of squares.
+
+        The difference of large numbers that this is cannot cancel: both are exact.
+        """
+        if n < 2 or self._nans[0] or self._infs[0]:
+            return math.nan
+        difference = ((n * squares._units[0]) << _SCALE) - self._units[0] ** 2
+        return _divide(difference, (n * n * (n - 1)) << (2 * _SCALE))
+
+    def as_json(self) -> list[str]:
+        """Return the sums as text, exact: whole numbers times a power of two, as C writes floats."""
+        return [
+            f"{_hex(units)} {nans} {infs}" if nans or infs else _hex(units)
+            for units, nans, infs in zip(self._units, self._nans, self._infs, strict=True)
+        ]
+
+    @classmethod
+    def from_json(cls, texts: Sequence[str]) -> Self:
+        """Return what `as_json` was given."""
+        sums = cls(len(texts))
+        for i, text in enumerate(texts):
+            number, *special = text.split()
+            mantissa, _, exponent = number.partition("p")
+            sums._units[i] = int(mantissa, 16) << (int(exponent) + _SCALE)
+            if special:
+                sums._nans[i], sums._infs[i] = map(int, special)
+        return sums
+
+
+def _to_units(value: float) -> int:
+    numerator, denominator = value.as_integer_ratio()
+    return numerator << (_SCALE + 1 - denominator.bit_length())
+
+
+def _divide(numerator: int, denominator: int) -> float:
+    try:
+        return numerator / denominator  # of integers: correctly rounded
+    except OverflowError:
+        return math.copysign(math.inf, numerator)
+
+
+def _hex(units: int) -> str:
+    zeros = (units & -units).bit_length() - 1 if units else 0
+    return f"{units >> zeros:#x}p{zeros - _SCALE:+d}"
