@@ -1,7 +1,17 @@
-"""Scoring of files: logits and targets on disk in, per-row losses and figures out."""
+"""Scoring of files: logits and targets on disk in, per-row losses and figures out; dumps compared."""
 
+from fastce.scoring.compare import CompareProgress, compare_files
+from fastce.scoring.comparison import Comparison
 from fastce.scoring.figures import Figures
 from fastce.scoring.formats import InputError
 from fastce.scoring.runner import Progress, score_files
 
-__all__ = ["Figures", "InputError", "Progress", "score_files"]
+__all__ = [
+    "CompareProgress",
+    "Comparison",
+    "Figures",
+    "InputError",
+    "Progress",
+    "compare_files",
+    "score_files",
+]

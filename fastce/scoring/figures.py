@@ -91,17 +91,18 @@ class Figures:
 
     def as_dict(self) -> dict[str, Any]:
         """Return values for JSON, with a schema version; numbers that are not finite become None."""
-        values: dict[str, Any] = _finite_or_none(asdict(self))
+        values: dict[str, Any] = finite_or_none(asdict(self))
         inputs = {"logits": values.pop("logits"), "targets": values.pop("targets")}
         run = values.pop("run")
         return {"schema_version": SCHEMA_VERSION, "figures": values, "inputs": inputs, "run": run}
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """Return a value for JSON, in which numbers that are not finite are None."""
     if isinstance(value, dict):
-        return {str(key): _finite_or_none(item) for key, item in value.items()}
+        return {str(key): finite_or_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_none(item) for item in value]
+        return [finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -177,7 +178,7 @@ class Tally:
             nll_sum=nll_sum,
             mean_nll=mean,
             standard_error=self._standard_error(mean),
-            perplexity=_exp(mean),
+            perplexity=exp(mean),
             bits_per_token=mean / math.log(2),
             bits_per_byte=None if n_bytes is None else nll_sum / (n_bytes * math.log(2)),
             top_k_accuracy={k: hits / n for k, hits in self._hits.items()},
@@ -198,7 +199,8 @@ class Tally:
         return math.sqrt(squares / (self.kept - 1) / self.kept)
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """Return e to a power; inf where that is beyond the largest float."""
     try:
         return math.exp(value)
     except OverflowError:

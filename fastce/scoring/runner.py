@@ -134,12 +134,12 @@ def score_files(
         seconds=seconds,
         rows_per_second=tally.rows / seconds,
         bytes_per_second=n_read / seconds,
-        versions=_versions(),
+        versions=versions(),
     )
     figures = tally.figures(
         n_bytes=n_bytes,
-        logits=tuple(_input(shard.logits) for shard in shards),
-        targets=tuple(_input(npy) for npy in dict.fromkeys(shard.targets for shard in shards)),
+        logits=tuple(input_of(shard.logits) for shard in shards),
+        targets=tuple(input_of(npy) for npy in dict.fromkeys(shard.targets for shard in shards)),
         run=run,
     )
     if folder is not None:
@@ -184,7 +184,7 @@ def _score_shards(
         with _loss_writer(folder, shard) as writer:
             for row, x, y in blocks.of(shard):
                 loss, rank = _score(shard, row, x, y, options)
-                tally.add(loss, rank, _kept(y, options.ignore_index))
+                tally.add(loss, rank, kept_rows(y, options.ignore_index))
                 if writer is not None:
                     writer.write(loss)
                 if progress is not None:
@@ -228,7 +228,7 @@ def _score(
         )
     except IndexError as error:
         outside = (y < 0) | (y >= shard.n_classes)
-        i = int((outside & _kept(y, options.ignore_index)).argmax())
+        i = int((outside & kept_rows(y, options.ignore_index)).argmax())
         raise InputError(
             f"{shard.targets.path}: row {shard.first_target + row + i} = {int(y[i])} is outside "
             f"[0, {shard.n_classes}) (row {row + i} of {shard.logits.path}); "
@@ -239,7 +239,8 @@ def _score(
     return stats.loss, stats.rank
 
 
-def _kept(y: NDArray[Any], ignore_index: int | None) -> NDArray[np.bool_]:
+def kept_rows(y: NDArray[Any], ignore_index: int | None) -> NDArray[np.bool_]:
+    """Return which rows are scored."""
     return np.ones(len(y), bool) if ignore_index is None else y != ignore_index
 
 
@@ -252,11 +253,13 @@ def _loss_writer(folder: Path | None, shard: Shard) -> Iterator[NpyWriter | None
         yield NpyWriter(file, shard.logits.shape[:-1], shard.loss_dtype)
 
 
-def _input(npy: Source) -> Input:
-    return Input(str(npy.path), npy.shape, npy.dtype_name, npy.n_bytes)
+def input_of(source: Source) -> Input:
+    """Return what the figures say about a file."""
+    return Input(str(source.path), source.shape, source.dtype_name, source.n_bytes)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that matter for the figures."""
     return {
         "fastce": __version__,
         "numpy": np.__version__,

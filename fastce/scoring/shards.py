@@ -38,15 +38,21 @@ class Shard:
 
 def find_shards(logits: Paths, targets: Paths) -> list[Shard]:
     """Check every file and say which targets belong to which logits, before any row is read."""
-    xs, ys = find(logits, "logits"), find(targets, "targets")
+    xs, ys = find_logits(logits), find(targets, "targets")
     if not xs or len(ys) not in (1, len(xs)):
         raise ValueError(
             f"targets: expected one file, or one for each of the {len(xs)} logits files; got {len(ys)}"
         )
-    for x in xs:
-        _check_logits(x, xs[0])
     groups = [xs] if len(ys) == 1 else [[x] for x in xs]
     return [shard for group, y in zip(groups, ys, strict=True) for shard in _shards_of(group, y)]
+
+
+def find_logits(paths: Paths) -> list[Source]:
+    """Check files of logits, which must be of one dtype and number of classes."""
+    xs = find(paths, "logits")
+    for x in xs:
+        _check_logits(x, xs[0])
+    return xs
 
 
 def _check_logits(x: Source, first: Source) -> None:
