@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastce.config import show_config
     from fastce.losses import cross_entropy, cross_entropy_with_grad, nll_loss, nll_loss_with_grad
     from fastce.registry import BackendUnavailable, backends, use_backend
-    from fastce.scoring import Scorer, score_files
+    from fastce.scoring import Scorer, compare_files, score_files
     from fastce.stats import row_stats
     from fastce.threads import set_num_threads
 
@@ -31,6 +31,7 @@ __all__ = [
     "binary_cross_entropy_with_grad",
     "binary_cross_entropy_with_logits",
     "binary_cross_entropy_with_logits_with_grad",
+    "compare_files",
     "cross_entropy",
     "cross_entropy_with_grad",
     "info",
@@ -55,6 +56,7 @@ _HOMES = {
     "binary_cross_entropy_with_grad": "fastce.binary",
     "binary_cross_entropy_with_logits": "fastce.binary",
     "binary_cross_entropy_with_logits_with_grad": "fastce.binary",
+    "compare_files": "fastce.scoring",
     "cross_entropy": "fastce.losses",
     "cross_entropy_with_grad": "fastce.losses",
     "log_softmax": "fastce.activations",

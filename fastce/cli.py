@@ -28,6 +28,7 @@ _EPILOGUE = """Examples:
     fastce score logits.npy --targets targets.npy
     fastce score 'logits-*.npy' --targets targets.npy --out scores
     fastce score logits.npy --targets targets.npy -o json > figures.json
+    fastce compare base.npy quantised.npy --targets targets.npy
     fastce doctor
     fastce bench --dtypes float32,float64 -o json > bench.json
     fastce bench --compare bench.json
@@ -140,6 +141,100 @@ def score(
         terminal.say(f"fastce: warning: {rows} a loss that is NaN or infinite")
     if figures.ignored == figures.rows:
         return _fail(f"no row was scored: all {figures.rows} rows are ignored", _BAD_INPUT)
+    return 0
+
+
+@app.command
+def compare(
+    base: str,
+    other: str,
+    /,
+    *,
+    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    llama_compat: bool = False,
+    format_: Annotated[Literal["table", "md", "json"], Parameter(name=["--format", "-o"])] = "table",
+    ignore_index: int | None = -100,
+    vocab: int | None = None,
+    worst: int = 10,
+    block_mib: int = 64,
+    num_threads: int | None = None,
+    backend: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Compare two dumps of the same rows: perplexities, KL divergence, probabilities of the targets.
+
+    Prints llama.cpp's table, in which Q is the other dump, and more.
+
+    Parameters
+    ----------
+    base
+        The reference: a file of logits as `fastce score` takes it, or a quoted pattern of files.
+    other
+        What is held against it; of any dtype, and cut into files in any way.
+    targets
+        .npy files of integer class ids: one for all the rows in order, or one for each file of base.
+        Without them there is no perplexity and no Δp.
+    llama_compat
+        Print llama.cpp's table, in its layout and to the same digits, computed as it does.
+    format_
+        How the figures are printed.
+    ignore_index
+        Rows with this target are left out of every figure.
+    vocab
+        Compare the first so many classes, where a dump has more than the vocabulary.
+    worst
+        How many of the rows of the largest divergence to name.
+    block_mib
+        MiB of logits in memory at a time; changes no figure.
+    num_threads
+        Default: the cores this process may use.
+    backend
+        A name that `fastce doctor` lists. Default: the fastest one here.
+    quiet
+        Show no progress.
+    """
+    from fastce import BackendUnavailable, compare_files, terminal
+    from fastce.scoring import InputError, llama
+
+    try:
+        with terminal.progress("comparing", quiet=quiet) as show:
+            comparison = compare_files(
+                base,
+                other,
+                targets,
+                ignore_index=ignore_index,
+                vocab=vocab,
+                worst=worst,
+                llama_compat=llama_compat,
+                block_mib=block_mib,
+                num_threads=num_threads,
+                backend=backend,
+                progress=terminal.compare_progress(show),
+            )
+    except InputError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except ValueError as error:
+        return _fail(str(error), _USAGE)
+    except BackendUnavailable as error:
+        return _fail(str(error), _FAILURE)
+    n_kept = comparison.rows - comparison.ignored
+    if format_ == "json":
+        _print_json(comparison.as_dict())
+    elif format_ == "md" or not llama_compat:
+        terminal.print_comparison(comparison, markdown=format_ == "md")
+    elif n_kept >= llama.MIN_ROWS:
+        print(llama.as_text(comparison))
+    if comparison.nonfinite:
+        rows = "1 row has" if comparison.nonfinite == 1 else f"{comparison.nonfinite} rows have"
+        terminal.say(f"fastce: warning: {rows} a loss or divergence that is NaN or infinite")
+    if not n_kept:
+        return _fail(f"no row was compared: all {comparison.rows} rows are ignored", _BAD_INPUT)
+    if llama_compat and format_ == "table" and n_kept < llama.MIN_ROWS:
+        return _fail(
+            f"llama.cpp's table needs {llama.MIN_ROWS} rows, got {n_kept}; "
+            "leave --llama-compat out, or use -o json",
+            _BAD_INPUT,
+        )
     return 0
 
 

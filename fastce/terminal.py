@@ -15,7 +15,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastce.scoring import Figures, Progress
+    from fastce.scoring import CompareProgress, Comparison, Figures, Progress
+    from fastce.scoring.comparison import Estimate
 
 # Without a terminal, one line of progress each time this many seconds have passed.
 _LINE_SECONDS = 10.0
@@ -73,12 +74,27 @@ def score_progress(show: Show) -> Callable[[Progress], None]:
 
     def on_block(at: Progress) -> None:
         n_new = at.rows_done - at.rows_before
-        rows_per_second = n_new / max(time.monotonic() - started, 1e-9)
-        speed = _speed(rows_per_second, rows_per_second * at.row_bytes)
+        speed = _speed_so_far(started, n_new, at.row_bytes)
         text = f"{speed}, mean NLL {at.mean_nll:.4f} ± {at.standard_error:.4f}"
         show(n_new, at.rows_total - at.rows_before, text)
 
     return on_block
+
+
+def compare_progress(show: Show) -> Callable[[CompareProgress], None]:
+    """Turn `compare_files`' progress into something to show."""
+    started = time.monotonic()
+
+    def on_block(at: CompareProgress) -> None:
+        speed = _speed_so_far(started, at.rows_done, at.row_bytes)
+        show(at.rows_done, at.rows_total, f"{speed}, mean KLD {at.mean_kl:.6f}")
+
+    return on_block
+
+
+def _speed_so_far(started: float, rows: int, row_bytes: int) -> str:
+    rows_per_second = rows / max(time.monotonic() - started, 1e-9)
+    return _speed(rows_per_second, rows_per_second * row_bytes)
 
 
 def print_figures(figures: Figures) -> None:
@@ -117,6 +133,102 @@ def _figure_rows(figures: Figures) -> Iterator[tuple[str, str]]:
     if figures.run is not None:
         yield "speed", _speed(figures.run.rows_per_second, figures.run.bytes_per_second)
         yield "backend", figures.run.backend
+
+
+def print_comparison(comparison: Comparison, *, markdown: bool = False) -> None:
+    """Print the tables of a comparison, for people or in Markdown."""
+    console = Console(highlight=False)
+    for head, rows in _comparison_tables(comparison):
+        if markdown:
+            rule = ["---", *["---:"] * (len(head) - 1)]
+            print(*(f"| {' | '.join(row)} |" for row in (head, rule, *rows)), "", sep="\n")
+            continue
+        table = Table(box=SIMPLE_HEAD)
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _comparison_tables(c: Comparison) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yield the head and the rows of each table, with llama.cpp's names."""
+    yield ["figure", "value"], [list(row) for row in _comparison_rows(c)]
+    yield _quantile_table(c)
+    if c.buckets:
+        yield (
+            ["largest probability in base", "rows", "mean KLD"],
+            [
+                [f"{b.low:.0%} to {b.high:.0%}", f"{b.rows:,}", _number(b.mean_kl) if b.rows else ""]
+                for b in c.buckets
+            ],
+        )
+    if c.worst:
+        yield (
+            ["largest KLD in file", "row", "target", "KLD", "loss base", "loss Q"],
+            [
+                [w.path, str(w.row), "" if w.target is None else str(w.target)]
+                + ["" if v is None else _number(v) for v in (w.kl, w.loss_base, w.loss_other)]
+                for w in c.worst
+            ],
+        )
+
+
+def _comparison_rows(c: Comparison) -> Iterator[tuple[str, str]]:
+    yield "rows", f"{c.rows:,}"
+    yield "ignored", f"{c.ignored:,}"
+    yield "non-finite rows", f"{c.nonfinite:,}"
+    if c.perplexity is not None:
+        yield "Mean PPL(Q)", _estimate(c.perplexity.other)
+        yield "Mean PPL(base)", _estimate(c.perplexity.base)
+        yield "Cor(ln(PPL(Q)), ln(PPL(base)))", f"{c.perplexity.correlation:.2%}"
+        yield "Mean ln(PPL(Q)/PPL(base))", _estimate(c.perplexity.log_ratio)
+        yield "Mean PPL(Q)/PPL(base)", _estimate(c.perplexity.ratio)
+        yield "Mean PPL(Q)-PPL(base)", _estimate(c.perplexity.difference)
+    yield "Mean KLD(base, Q)", f"{_estimate(c.kl.mean)} nats"
+    if c.kl_reverse is not None:
+        yield "Mean KLD(Q, base)", f"{_estimate(c.kl_reverse)} nats"
+    if c.delta_p is not None and c.delta_p_rms is not None:
+        yield "Mean Δp", _percent_estimate(c.delta_p.mean)
+        yield "RMS Δp", _percent_estimate(c.delta_p_rms)
+    yield "Same top p", _percent_estimate(c.same_top)
+    yield "speed", _speed(c.run.rows_per_second, c.run.bytes_per_second)
+    yield "backend", c.run.backend
+
+
+def _quantile_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    head, rows = ["", "KLD"], [["Maximum", _number(c.kl.maximum)]]
+    percents = (c.delta_p or c.kl).percentiles
+    rows += [[_percentile_name(p), _number(c.kl.percentiles.get(p))] for p in percents]
+    rows.append(["Minimum", _number(c.kl.minimum)])
+    if c.delta_p is not None:
+        head.append("Δp")
+        d = c.delta_p
+        values = [d.maximum, *d.percentiles.values(), d.minimum]
+        rows = [[*row, f"{value:.3%}"] for row, value in zip(rows, values, strict=True)]
+    return head, rows
+
+
+def _percentile_name(percent: float) -> str:
+    return "Median" if percent == 50 else f"{percent:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:{_style(value)}}"
+
+
+def _style(value: float) -> str:
+    """Six decimals, where they show three digits and are not mostly noise."""
+    return ".6f" if value == 0 or 1e-4 <= abs(value) < 1e6 else ".3e"
+
+
+def _estimate(estimate: Estimate) -> str:
+    style = _style(estimate.value)
+    return f"{estimate.value:{style}} ± {estimate.error:{style}}"
+
+
+def _percent_estimate(estimate: Estimate) -> str:
+    return f"{estimate.value:.3%} ± {estimate.error:.3%}"
 
 
 def _speed(rows_per_second: float, bytes_per_second: float) -> str:

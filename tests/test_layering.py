@@ -29,14 +29,14 @@ ALLOWED = {
     "config": {"cpu", "registry", "threads", "_native", "__version__"},
     "_backends": {"_backends", "kernels", "_native"},
     "_native": set(),
-    "scoring": {"info", "kernels", "registry", "scoring", "stats", "__version__"},
+    "scoring": {"activations", "info", "kernels", "registry", "scoring", "stats", "__version__"},
     # the library's users: what is public, and the scoring they show
     "demo": {"", "scoring"},
     "bench": {"", "bandwidth", "cpu", "registry"},
     "bandwidth": set(),
     "terminal": {"scoring"},
-    "cli": {"BackendUnavailable", "bench", "demo", "score_files", "scoring", "show_config", "terminal"}
-    | {"__version__"},
+    "cli": {"BackendUnavailable", "bench", "compare_files", "demo", "score_files", "scoring"}
+    | {"show_config", "terminal", "__version__"},
     "__main__": {"cli"},
 }
 

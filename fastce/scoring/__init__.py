@@ -1,9 +1,21 @@
-"""Scoring of files: logits and targets on disk in, per-row losses and figures out."""
+"""Scoring of files: logits and targets on disk in, per-row losses and figures out; dumps compared."""
 
+from fastce.scoring.compare import CompareProgress, compare_files
+from fastce.scoring.comparison import Comparison
 from fastce.scoring.figures import Figures
 from fastce.scoring.formats import InputError
 from fastce.scoring.records import IncompleteError
 from fastce.scoring.runner import Progress, score_files
 from fastce.scoring.scorer import Scorer
 
-__all__ = ["Figures", "IncompleteError", "InputError", "Progress", "Scorer", "score_files"]
+__all__ = [
+    "CompareProgress",
+    "Comparison",
+    "Figures",
+    "IncompleteError",
+    "InputError",
+    "Progress",
+    "Scorer",
+    "compare_files",
+    "score_files",
+]

@@ -335,15 +335,15 @@ class Tally:
             nll_sum=nll_sum,
             mean_nll=mean,
             standard_error=math.sqrt(self._sums["loss"].variance_of_mean(self._sums["squares"], n)),
-            perplexity=_exp(mean),
+            perplexity=exp(mean),
             bits_per_token=mean / math.log(2),
             sequences=self._n_sequences,
             mean_sequence_perplexity=None
             if self._n_sequences is None
             else self._sequence_perplexity.over(self._n_sequences),
             bits_per_byte=None if n_bytes is None else nll_sum / (n_bytes * math.log(2)),
-            byte_perplexity=None if n_bytes is None else _exp(nll_sum / n_bytes),
-            word_perplexity=None if n_words is None else _exp(nll_sum / n_words),
+            byte_perplexity=None if n_bytes is None else exp(nll_sum / n_bytes),
+            word_perplexity=None if n_words is None else exp(nll_sum / n_words),
             top_k_accuracy=accuracy,
             top_k_standard_error={
                 k: math.sqrt(a * (1 - a) / (n - 1)) if n > 1 else math.nan for k, a in accuracy.items()
@@ -399,7 +399,8 @@ def _first_position(bin_: int) -> int:
     return (bin_ - 4 * shift) << shift
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """Return e to a power; inf where that is beyond the largest float."""
     try:
         return math.exp(value)
     except OverflowError:

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,8 +138,8 @@ def make_plan(parts: Sequence[Part], keys: Sequence[str], **about: Any) -> dict[
                 "name": shard.name,
                 "shape": list(shard.logits.shape[:-1]),
                 "loss_dtype": shard.loss_dtype.name,
-                "logits": as_input(shard.logits),
-                "targets": as_input(shard.targets),
+                "logits": asdict(input_of(shard.logits)),
+                "targets": asdict(input_of(shard.targets)),
             }
             for shard in shards
         ],
@@ -155,14 +155,9 @@ def make_plan(parts: Sequence[Part], keys: Sequence[str], **about: Any) -> dict[
     }
 
 
-def as_input(source: Source) -> dict[str, Any]:
+def input_of(source: Source) -> Input:
     """Return what figures say of an array that was read."""
-    return {
-        "path": source.label,
-        "shape": list(source.shape),
-        "dtype": source.dtype_name,
-        "bytes": source.n_bytes,
-    }
+    return Input(source.label, source.shape, source.dtype_name, source.n_bytes)
 
 
 def figures_of(plan: dict[str, Any], records: Iterable[dict[str, Any]]) -> Figures:

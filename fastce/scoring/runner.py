@@ -195,7 +195,7 @@ def score_files(
         "options": options.as_json() | {"shift": shift},
         "n_bytes": n_bytes,
         "n_words": n_words,
-        "by": {"backend": chosen.name, "isa": chosen.isa, "versions": _versions()},
+        "by": {"backend": chosen.name, "isa": chosen.isa, "versions": versions()},
         "warnings": [*_notes(shards), *_look(parts, options)],
     }
     started = time.perf_counter()
@@ -438,7 +438,8 @@ def _notes(shards: Sequence[Shard]) -> list[str]:
     return [f"{s.logits.path}: {s.logits.note}" for s in shards if s.logits.note]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that figures may depend on."""
     return {
         "fastce": __version__,
         "numpy": np.__version__,

@@ -92,14 +92,12 @@ def _identity(source: Source) -> list[Any]:
 
 
 def find_shards(
-    logits: Paths, targets: Paths | None, mask: Paths | None, *, bfloat16: bool = False
+    logits: Paths, targets: Paths | None, mask: Paths | None = None, *, bfloat16: bool = False
 ) -> list[Shard]:
     """Check every file and say which targets belong to which logits, before any row is read."""
-    xs = find(logits, "logits", bfloat16=bfloat16)
+    xs = find_logits(logits, bfloat16=bfloat16)
     if not xs:
         raise ValueError("logits: expected at least one file, got none")
-    for x in xs:
-        _check_logits(x, xs[0])
     if targets is None:
         if any(x.format != "kld" for x in xs):
             raise ValueError("targets: expected files of class ids; only .kld files hold their own")
@@ -110,6 +108,14 @@ def find_shards(
         Shard(name, x, y, m, first)
         for name, x, (y, first), m in zip(_names(xs), xs, first_and_targets, masks, strict=True)
     ]
+
+
+def find_logits(paths: Paths, *, bfloat16: bool = False) -> list[Source]:
+    """Check files of logits, which must be of one dtype and number of classes."""
+    xs = find(paths, "logits", bfloat16=bfloat16)
+    for x in xs:
+        _check_logits(x, xs[0])
+    return xs
 
 
 def _check_logits(x: Source, first: Source) -> None:
