@@ -2,25 +2,34 @@
 
 Libraries are imported inside the commands, so that help and completion load neither NumPy nor Numba.
 
-Exit codes: 0 done, 1 failure, 2 usage, 3 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failure, 2 usage, 3 bad input, 4 a --fail-if gate failed, 5 incomplete but
+resumable, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import App, CycloptsError, Group, Parameter, Token
 
 from fastce import __version__
 
-_FAILURE, _USAGE, _BAD_INPUT, _INTERRUPTED = 1, 2, 3, 130
+if TYPE_CHECKING:
+    from fastce.scoring import Figures
+
+_FAILURE, _USAGE, _BAD_INPUT, _GATE, _INCOMPLETE, _INTERRUPTED = 1, 2, 3, 4, 5, 130
+
+# What a write fails with where there is nothing wrong but the room: no space, quota, file size, device.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EPILOGUE = """Examples:
 
@@ -28,6 +37,8 @@ _EPILOGUE = """Examples:
     fastce score logits.npy --targets targets.npy
     fastce score 'logits-*.npy' --targets targets.npy --out scores
     fastce score logits.npy --targets targets.npy -o json > figures.json
+    fastce score base.kld --fail-if 'ppl>12'
+    fastce score 'logits-*.npy' --targets targets.npy --out scores --dask local:4
     fastce compare base.npy quantised.npy --targets targets.npy
     fastce doctor
     fastce bench --dtypes float32,float64 -o json > bench.json
@@ -37,7 +48,7 @@ _EPILOGUE = """Examples:
 app = App(
     name="fastce",
     help="Score logits by their softmax cross-entropy: fast and accurate, on CPUs.",
-    help_format="plaintext",
+    help_format="markdown",
     help_epilogue=_EPILOGUE,
     version=__version__,
     default_parameter=Parameter(negative=()),
@@ -65,82 +76,236 @@ Numbers = Annotated[tuple[int, ...], _NUMBERS, _COMMAS]
 Names = Annotated[tuple[str, ...], _NAMES, _COMMAS]
 
 
+_INPUT = Group("What the files hold", sort_key=1)
+_FIGURES = Group("Figures", sort_key=2)
+_RUN = Group("How it runs", sort_key=3)
+
+
 @app.command
 def score(
     logits: list[str],
     /,
     *,
-    targets: Annotated[list[str], Parameter(consume_multiple=True)],
+    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     out: Path | None = None,
-    format_: Format = "table",
-    ignore_index: int | None = -100,
-    n_bytes: Annotated[int | None, Parameter(name="--bytes")] = None,
-    top_k: Numbers = (1, 5),
-    block_mib: int = 64,
-    num_threads: int | None = None,
-    backend: str | None = None,
-    quiet: bool = False,
+    format_: Annotated[
+        Literal["table", "md", "csv", "json", "jsonl"], Parameter(name=["--format", "-o"])
+    ] = "table",
+    kind: Annotated[Literal["logits", "logprobs", "probs"] | None, Parameter(group=_INPUT)] = None,
+    dtype: Annotated[Literal["bf16"] | None, Parameter(group=_INPUT)] = None,
+    ignore_index: Annotated[int | None, Parameter(group=_INPUT)] = -100,
+    mask: Annotated[list[str] | None, Parameter(group=_INPUT, consume_multiple=True)] = None,
+    vocab: Annotated[int | None, Parameter(group=_INPUT)] = None,
+    shift: Annotated[bool, Parameter(group=_INPUT)] = False,
+    seq_len: Annotated[int | None, Parameter(group=_INPUT)] = None,
+    lengths: Annotated[str | None, Parameter(group=_INPUT)] = None,
+    temperature: Annotated[float, Parameter(group=_INPUT)] = 1.0,
+    n_bytes: Annotated[int | None, Parameter(name="--bytes", group=_FIGURES)] = None,
+    n_words: Annotated[int | None, Parameter(name="--words", group=_FIGURES)] = None,
+    top_k: Annotated[tuple[int, ...], _NUMBERS, _COMMAS, Parameter(group=_FIGURES)] = (1, 5),
+    bins: Annotated[int, Parameter(group=_FIGURES)] = 15,
+    fail_if: Annotated[list[str] | None, Parameter(group=_FIGURES)] = None,
+    explain: Annotated[bool, Parameter(group=_FIGURES)] = False,
+    shard: Annotated[str | None, Parameter(group=_RUN)] = None,
+    dask: Annotated[str | None, Parameter(group=_RUN)] = None,
+    resume: Annotated[bool, Parameter(group=_RUN, negative="--no-resume")] = True,
+    block_mib: Annotated[int, Parameter(group=_RUN)] = 64,
+    num_threads: Annotated[int | None, Parameter(group=_RUN)] = None,
+    backend: Annotated[str | None, Parameter(group=_RUN)] = None,
+    quiet: Annotated[bool, Parameter(group=_RUN)] = False,
 ) -> int:
     """Score files of logits against files of targets.
+
+    Reads .npy, .npz, .safetensors, llama.cpp's .kld, Arrow, Parquet, HDF5, Zarr and PyTorch files;
+    FILE::NAME is one array of a file that has several. A run with --out that is interrupted goes on
+    where it was when it is started again.
 
     Parameters
     ----------
     logits
-        .npy files of float16, float32 or float64, rows by classes, or quoted patterns of them
+        Files of float16, bfloat16, float32 or float64, rows by classes, or quoted patterns of them
         (whose files are taken in natural order). Give them before the options.
     targets
-        .npy files of integer class ids: one for all the rows in order, or one for each logits file.
+        Files of integer class ids: one for all the rows in order, or one for each logits file. A .kld
+        file holds its own.
     out
-        Folder for the losses of each row (NAME.loss.npy) and figures.json.
+        Folder for the losses of each row (NAME.loss.npy), figures.json, and what resuming needs.
     format_
         How the figures are printed.
+    kind
+        What the numbers are. Default: what the format says, else logits.
+    dtype
+        16-bit integers are the bits of bfloat16.
     ignore_index
         Rows with this target are not scored.
+    mask
+        Files like targets: rows where they hold 0 are not scored.
+    vocab
+        Use the first so many classes alone: a padded vocabulary.
+    shift
+        The target of a row is the next row's, within its sequence: logits beside their own tokens.
+    seq_len
+        Rows of a sequence. Default: the middle one of three axes, if there are three.
+    lengths
+        File with the rows of each sequence, where these differ.
+    temperature
+        Divide the logits by it.
     n_bytes
         Bytes of text that the scored rows stand for; adds bits per byte.
+    n_words
+        Words of it; adds perplexity per word.
     top_k
         The k of the top-k accuracies, with commas.
+    bins
+        Bins of the calibration errors.
+    fail_if
+        A condition such as 'ppl>12' or 'ece>=0.05' that ends in exit code 4; may be repeated.
+    explain
+        Say how each figure is defined.
+    shard
+        I/N: score the I-th of N shares of the rows into --out; `fastce merge` puts them together.
+    dask
+        Score on a Dask cluster, tcp://HOST:PORT, or on N processes here, local:N.
+    resume
+        Keep what an earlier run with the same --out has done, or do everything again.
     block_mib
         MiB of logits in memory at a time; changes no figure.
     num_threads
-        Default: the cores this process may use.
+        Default: the cores this process may use; on Dask 1.
     backend
         A name that `fastce doctor` lists. Default: the fastest one here.
     quiet
         Show no progress.
     """
-    from fastce import BackendUnavailable, score_files, terminal
-    from fastce.scoring import InputError
+    from fastce import score_files, terminal
+    from fastce.scoring import Figures
+    from fastce.scoring.gates import failed, parse_gates
 
-    try:
-        with terminal.progress("scoring", quiet=quiet) as show:
-            figures = score_files(
-                logits,
-                targets,
-                ignore_index=ignore_index,
-                top_k=top_k,
-                n_bytes=n_bytes,
-                out=out,
-                block_mib=block_mib,
-                num_threads=num_threads,
-                backend=backend,
-                progress=terminal.score_progress(show),
-            )
-    except InputError as error:
-        return _fail(str(error), _BAD_INPUT)
-    except ValueError as error:
-        return _fail(str(error), _USAGE)
-    except BackendUnavailable as error:
-        return _fail(str(error), _FAILURE)
-    if format_ == "json":
-        _print_json(figures.as_dict())
+    gates = parse_gates(fail_if or [], [field.name for field in fields(Figures)])
+    with ExitStack() as stack:
+        executor = None
+        if dask is not None:
+            from fastce.interop.dask import cluster_executor
+
+            executor = stack.enter_context(cluster_executor(dask))
+        show = stack.enter_context(terminal.progress("scoring", quiet=quiet))
+        figures = score_files(
+            logits,
+            targets,
+            mask=mask,
+            ignore_index=ignore_index,
+            kind=kind,
+            vocab=vocab,
+            temperature=temperature,
+            dtype=dtype,
+            seq_len=seq_len,
+            lengths=lengths,
+            shift=shift,
+            top_k=top_k,
+            n_bins=bins,
+            n_bytes=n_bytes,
+            n_words=n_words,
+            out=out,
+            resume=resume,
+            shard=None if shard is None else _share(shard),
+            executor=executor,
+            block_mib=block_mib,
+            num_threads=num_threads,
+            backend=backend,
+            progress=terminal.score_progress(show),
+        )
+    _print_figures(figures, format_, explain=explain)
+    if shard is not None:
+        terminal.say(f"fastce: share {shard} is done; when all are: fastce merge {out}")
+    if figures.ignored == figures.rows:
+        return _fail(f"no row was scored: all {figures.rows} rows are ignored", _BAD_INPUT)
+    messages = failed(gates, figures.as_dict()["figures"])
+    for message in messages:
+        terminal.say(f"fastce: gate failed: {message}")
+    return _GATE if messages else 0
+
+
+def _share(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal()):
+        raise ValueError(f"shard: expected I/N such as 2/8, got {text!r}")
+    return int(i), int(n)
+
+
+def _print_figures(figures: Figures, format_: str, *, explain: bool = False) -> None:
+    from fastce import terminal
+    from fastce.scoring.figures import definitions
+
+    if format_ in ("json", "jsonl"):
+        _print_json(figures.as_dict(), lines=format_ == "jsonl")
     else:
-        terminal.print_figures(figures)
+        terminal.print_figures(figures, format_)
+    if explain:
+        terminal.print_definitions(definitions(), to_stderr=format_ != "table")
+    for warning in figures.warnings:
+        terminal.say(f"fastce: warning: {warning}")
     if figures.nonfinite:
         rows = "1 row has" if figures.nonfinite == 1 else f"{figures.nonfinite} rows have"
         terminal.say(f"fastce: warning: {rows} a loss that is NaN or infinite")
-    if figures.ignored == figures.rows:
-        return _fail(f"no row was scored: all {figures.rows} rows are ignored", _BAD_INPUT)
+
+
+@app.command
+def merge(
+    folders: list[Path],
+    /,
+    *,
+    out: Path | None = None,
+    format_: Annotated[
+        Literal["table", "md", "csv", "json", "jsonl"], Parameter(name=["--format", "-o"])
+    ] = "table",
+) -> int:
+    """Put the shares of a run (fastce score --shard I/N) together.
+
+    Parameters
+    ----------
+    folders
+        Folders given to --out, one for all shares or one for each.
+    out
+        Where to write losses and figures. Default: the first folder.
+    format_
+        How the figures are printed.
+    """
+    from fastce.scoring import merge_folders
+
+    _print_figures(merge_folders(folders, out or folders[0]), format_)
+    return 0
+
+
+@app.command
+def verify(folder: Path, /) -> int:
+    """Check every record of a run against the files: nothing lost, doubled or changed.
+
+    Parameters
+    ----------
+    folder
+        A folder given to --out.
+    """
+    from fastce.scoring import verify_folder
+
+    wrong = verify_folder(folder)
+    for message in wrong:
+        print(message)
+    if wrong:
+        return _fail(f"{folder}: {len(wrong)} things wrong", _FAILURE)
+    print(f"{folder}: complete, and as recorded")
+    return 0
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print a script that completes fastce's commands and options in a shell.
+
+    Parameters
+    ----------
+    shell
+        For example: fastce completion bash > ~/.local/share/bash-completion/completions/fastce
+    """
+    print(app.generate_completion(prog_name="fastce", shell=shell))
     return 0
 
 
@@ -156,6 +321,7 @@ def compare(
     ignore_index: int | None = -100,
     vocab: int | None = None,
     worst: int = 10,
+    fail_if: list[str] | None = None,
     block_mib: int = 64,
     num_threads: int | None = None,
     backend: str | None = None,
@@ -184,6 +350,8 @@ def compare(
         Compare the first so many classes, where a dump has more than the vocabulary.
     worst
         How many of the rows of the largest divergence to name.
+    fail_if
+        A condition such as 'kld>0.06' or 'same_top<0.95' that ends in exit code 4; may be repeated.
     block_mib
         MiB of logits in memory at a time; changes no figure.
     num_threads
@@ -193,30 +361,25 @@ def compare(
     quiet
         Show no progress.
     """
-    from fastce import BackendUnavailable, compare_files, terminal
-    from fastce.scoring import InputError, llama
+    from fastce import compare_files, terminal
+    from fastce.scoring import Comparison, llama
+    from fastce.scoring.gates import failed, parse_gates
 
-    try:
-        with terminal.progress("comparing", quiet=quiet) as show:
-            comparison = compare_files(
-                base,
-                other,
-                targets,
-                ignore_index=ignore_index,
-                vocab=vocab,
-                worst=worst,
-                llama_compat=llama_compat,
-                block_mib=block_mib,
-                num_threads=num_threads,
-                backend=backend,
-                progress=terminal.compare_progress(show),
-            )
-    except InputError as error:
-        return _fail(str(error), _BAD_INPUT)
-    except ValueError as error:
-        return _fail(str(error), _USAGE)
-    except BackendUnavailable as error:
-        return _fail(str(error), _FAILURE)
+    gates = parse_gates(fail_if or [], [field.name for field in fields(Comparison)])
+    with terminal.progress("comparing", quiet=quiet) as show:
+        comparison = compare_files(
+            base,
+            other,
+            targets,
+            ignore_index=ignore_index,
+            vocab=vocab,
+            worst=worst,
+            llama_compat=llama_compat,
+            block_mib=block_mib,
+            num_threads=num_threads,
+            backend=backend,
+            progress=terminal.compare_progress(show),
+        )
     n_kept = comparison.rows - comparison.ignored
     if format_ == "json":
         _print_json(comparison.as_dict())
@@ -235,7 +398,10 @@ def compare(
             "leave --llama-compat out, or use -o json",
             _BAD_INPUT,
         )
-    return 0
+    messages = failed(gates, comparison.as_dict()["figures"])
+    for message in messages:
+        terminal.say(f"fastce: gate failed: {message}")
+    return _GATE if messages else 0
 
 
 @app.command
@@ -333,28 +499,21 @@ def bench(
     quiet
         Show no progress.
     """
-    from fastce import BackendUnavailable, terminal
     from fastce import bench as benchmark
+    from fastce import terminal
 
-    try:
-        old = benchmark.read_results(compare) if compare else None
-        with terminal.progress("timing", quiet=quiet) as show:
-            results = benchmark.run_bench(
-                backends=backends or (),
-                dtypes=dtypes,
-                n_classes=classes,
-                num_threads=threads or (),
-                tasks=task,
-                mib=mib,
-                seconds=seconds,
-                progress=show,
-            )
-    except benchmark.ResultsError as error:
-        return _fail(str(error), _BAD_INPUT)
-    except ValueError as error:
-        return _fail(str(error), _USAGE)
-    except BackendUnavailable as error:
-        return _fail(str(error), _FAILURE)
+    old = benchmark.read_results(compare) if compare else None
+    with terminal.progress("timing", quiet=quiet) as show:
+        results = benchmark.run_bench(
+            backends=backends or (),
+            dtypes=dtypes,
+            n_classes=classes,
+            num_threads=threads or (),
+            tasks=task,
+            mib=mib,
+            seconds=seconds,
+            progress=show,
+        )
     notes = benchmark.compare(results, old) if old else []
     if format_ == "json":
         _print_json(results)
@@ -369,19 +528,47 @@ def bench(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = app(argv, exit_on_error=False, result_action="return_value")
+        result = app(words, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
     except CycloptsError:  # which has been printed
         return _USAGE
     except KeyboardInterrupt:
-        return _fail("interrupted", _INTERRUPTED)
+        return _fail(f"interrupted{_how_to_resume(words)}", _INTERRUPTED)
     except BrokenPipeError:  # whoever read stdout has enough; nothing may be flushed there at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILURE
     except OSError as error:
-        return _fail(str(error), _FAILURE)
+        resume = _how_to_resume(words) if error.errno in _NO_ROOM else ""
+        return _fail(f"{error}{resume}", _INCOMPLETE if resume else _FAILURE)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        return _fail(str(error), code)
     return result if isinstance(result, int) else 0  # help and version return None
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error that users can mend; None for one that is ours."""
+    from fastce import BackendUnavailable
+    from fastce.bench import ResultsError
+    from fastce.scoring import IncompleteError, InputError
+
+    if isinstance(error, (InputError, ResultsError)):
+        return _BAD_INPUT
+    if isinstance(error, IncompleteError):
+        return _INCOMPLETE
+    if isinstance(error, (BackendUnavailable, ModuleNotFoundError)):
+        return _FAILURE
+    return _USAGE if isinstance(error, ValueError) else None
+
+
+def _how_to_resume(words: Sequence[str]) -> str:
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
+        return ""
+    return f"; what is done is kept, and this goes on from there:\n    fastce {shlex.join(words)}"
 
 
 def _fail(message: str, code: int) -> int:
@@ -389,5 +576,5 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2, allow_nan=False))
+def _print_json(values: dict[str, Any], *, lines: bool = False) -> None:
+    print(json.dumps(values, indent=None if lines else 2, allow_nan=False))

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fastce.scoring import CompareProgress, Comparison, Figures, Progress
@@ -97,14 +99,44 @@ def _speed_so_far(started: float, rows: int, row_bytes: int) -> str:
     return _speed(rows_per_second, rows_per_second * row_bytes)
 
 
-def print_figures(figures: Figures) -> None:
-    """Print the table of figures."""
+def print_figures(figures: Figures, format_: str = "table") -> None:
+    """Print the figures as a table for people, in Markdown, or as CSV with every digit."""
+    if format_ == "csv":
+        values = _flat(figures.as_dict()["figures"])
+        print(
+            ",".join(values), ",".join("" if v is None else str(v) for v in values.values()), sep="\n"
+        )
+        return
+    rows = list(_figure_rows(figures))
+    if format_ == "md":
+        print("| figure | value |", "| --- | ---: |", sep="\n")
+        print(*(f"| {name} | {value} |" for name, value in rows), sep="\n")
+        return
     table = Table(box=SIMPLE_HEAD)
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in _figure_rows(figures):
+    for name, value in rows:
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures that are one number, and those by name of what they are given for."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        elif not isinstance(value, list):
+            flat[name] = value
+    return flat
+
+
+def print_definitions(definitions: dict[str, str], *, to_stderr: bool) -> None:
+    """Print how figures are defined."""
+    console = Console(stderr=to_stderr, highlight=False)
+    for names, definition in definitions.items():
+        console.print(names, style="bold", markup=False)
+        console.print(Padding(Text(definition.replace("``", "")), (0, 0, 0, 4)))
 
 
 def _figure_rows(figures: Figures) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,8 @@
 """The command line end to end: streams, exit codes, and what help does not import."""
 
+import csv
+import dataclasses
+import errno
 import json
 import os
 import re
@@ -103,10 +106,132 @@ def test_a_row_that_is_not_finite_is_told(capsys, dump):
     assert "1 row" in err
 
 
+def test_score_in_other_formats(capsys, dump):
+    argv = ("score", "logits.npy", "--targets", "targets.npy", "--bytes", "40")
+    mean = fastce.score_files("logits.npy", "targets.npy").mean_nll
+    code, out, err = run(capsys, *argv, "-o", "md")
+    assert (code, err) == (0, "")
+    assert f"| mean NLL | {mean:.6f} ± " in out
+    code, out, _ = run(capsys, *argv, "-o", "csv")
+    (row,) = csv.DictReader(out.splitlines())
+    assert float(row["mean_nll"]) == mean
+    assert float(row["top_k_accuracy.5"]) <= 1
+    code, out, _ = run(capsys, *argv, "-o", "jsonl")
+    assert json.loads(out)["figures"]["mean_nll"] == mean
+    assert out.count("\n") == 1
+
+
+def test_every_figure_is_explained(capsys, dump):
+    code, out, err = run(capsys, "score", "logits.npy", "--targets", "targets.npy", "--explain")
+    assert (code, err) == (0, "")
+    names = {field.name for field in dataclasses.fields(fastce.scoring.Figures)}
+    assert all(name in out for name in names)
+    code, out, err = run(
+        capsys, "score", "logits.npy", "--targets", "targets.npy", "--explain", "-o", "json"
+    )
+    assert json.loads(out)
+    assert "exp(mean_nll)" in err
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [("ppl>1", 4), ("ppl > 1e9", 0), ("mean_nll>=0", 4), ("top_k_accuracy.5<=1", 4), ("bpb>0", 4)],
+)
+def test_gates(capsys, dump, condition, code):
+    argv = ("score", "logits.npy", "--targets", "targets.npy", "-o", "json")
+    found, out, err = run(capsys, *argv, "--fail-if", condition)
+    assert found == code
+    assert json.loads(out)  # the figures are told all the same
+    assert ("gate failed" in err) == (code == 4)
+    # A gate that fails is not made good by one that does not.
+    assert run(capsys, *argv, "--fail-if", condition, "--fail-if", "ppl>1e9")[0] == code
+
+
+def test_a_figure_that_is_no_number_fails_its_gate(capsys, dump):
+    x = np.load("logits.npy")
+    x[3] = np.nan
+    np.save("logits.npy", x)
+    argv = ("score", "logits.npy", "--targets", "targets.npy", "--fail-if", "ppl>1e9")
+    code, _, err = run(capsys, *argv)
+    assert code == 4
+    assert "ppl>1e9: perplexity is not a number here" in err
+
+
+def test_compare_has_gates(capsys, dump):
+    np.save("other.npy", np.load("logits.npy")[:, ::-1])
+    argv = ("compare", "logits.npy", "other.npy", "--targets", "targets.npy", "--fail-if")
+    assert run(capsys, *argv, "kld>100")[0] == 0
+    code, _, err = run(capsys, *argv, "kld>0.01")
+    assert code == 4
+    assert "gate failed: kld>0.01: kl.mean.value = " in err
+    assert run(capsys, *argv, "brier>0")[0] == 2
+
+
+def test_shares_are_merged_and_verified(capsys, dump, monkeypatch):
+    monkeypatch.setattr("fastce.scoring.shards.PART_BYTES", 3 * 9 * 4)  # 7 parts
+    argv = ("score", "logits.npy", "--targets", "targets.npy", "--out", "s", "-o", "json")
+    code, out, err = run(capsys, *argv, "--shard", "1/2")
+    assert (code, json.loads(out)["figures"]["rows"]) == (0, 11)
+    assert "when all are: fastce merge s" in err
+    code, _, err = run(capsys, "merge", "s")
+    assert code == 5
+    assert "3 of 7 parts are missing" in err
+    assert run(capsys, "verify", "s")[0] == 1
+    assert run(capsys, *argv, "--shard", "2/2")[0] == 0
+    code, out, err = run(capsys, "merge", "s", "-o", "json")
+    assert (code, err) == (0, "")
+    whole = fastce.score_files("logits.npy", "targets.npy")
+    assert json.loads(out)["figures"] == whole.as_dict()["figures"]
+    assert run(capsys, "verify", "s")[:2] == (0, "s: complete, and as recorded\n")
+    (dump / "s" / "logits.loss.npy").write_bytes(b"torn")
+    code, out, _ = run(capsys, "verify", "s")
+    assert code == 1
+    assert "logits.loss.npy" in out
+    assert run(capsys, "verify", "nowhere")[0] == 3
+
+
+def test_a_full_disk_is_exit_code_5(capsys, dump, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fastce.scoring.records.Folder.write_record", full)
+    code, out, err = run(capsys, "score", "logits.npy", "--targets", "targets.npy", "--out", "s")
+    assert (code, out) == (5, "")
+    assert "No space left on device; what is done is kept" in err
+    assert "    fastce score logits.npy --targets targets.npy --out s" in err
+
+
+def test_warnings_are_said(capsys, dump):
+    np.save("logits.npy", fastce.softmax(np.load("logits.npy")))
+    code, _, err = run(capsys, "score", "logits.npy", "--targets", "targets.npy")
+    assert code == 0
+    assert "fastce: warning: these look like probabilities, not logits" in err
+    code, _, err = run(capsys, "score", "logits.npy", "--targets", "targets.npy", "--kind", "probs")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(capsys, shell):
+    code, out, err = run(capsys, "completion", shell)
+    assert (code, err) == (0, "")
+    assert "fastce" in out
+    assert "llama-compat" in out
+
+
 @pytest.mark.parametrize(
     "argv",
     [
         ["score", "logits.npy"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--fail-if", "ppl"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--fail-if", "ppl>x"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--fail-if", "beauty<1"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--shard", "1/2"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--out", "s", "--shard", "3/2"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--out", "s", "--shard", "x"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--vocab", "10"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--temperature", "0"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--seq-len", "7"],
+        ["score", "logits.npy", "--targets", "targets.npy", "--dask", "here"],
         ["score", "--targets", "targets.npy"],
         ["score", "logits.npy", "--targets", "targets.npy", "--no-such"],
         ["score", "logits.npy", "--targets", "targets.npy", "--top-k", "1,x"],
@@ -143,7 +268,11 @@ def test_interrupt_is_exit_code_130(capsys, dump, monkeypatch):
     monkeypatch.setattr("fastce.scoring.scorer.row_stats", interrupted)
     code, out, err = run(capsys, "score", "logits.npy", "--targets", "targets.npy", "--out", "s")
     assert (code, out) == (130, "")
-    assert err == "fastce: interrupted\n"
+    resume = "fastce score logits.npy --targets targets.npy --out s"
+    assert (
+        err
+        == f"fastce: interrupted; what is done is kept, and this goes on from there:\n    {resume}\n"
+    )
     assert os.listdir("s/parts") == []
 
 

@@ -30,12 +30,13 @@ ALLOWED = {
     "_backends": {"_backends", "kernels", "_native"},
     "_native": set(),
     "scoring": {"activations", "info", "kernels", "registry", "scoring", "stats", "__version__"},
+    "interop": {"losses"},
     # the library's users: what is public, and the scoring they show
     "demo": {"", "scoring"},
     "bench": {"", "bandwidth", "cpu", "registry"},
     "bandwidth": set(),
     "terminal": {"scoring"},
-    "cli": {"BackendUnavailable", "bench", "compare_files", "demo", "score_files", "scoring"}
+    "cli": {"BackendUnavailable", "bench", "compare_files", "demo", "interop", "score_files", "scoring"}
     | {"show_config", "terminal", "__version__"},
     "__main__": {"cli"},
 }

@@ -5,6 +5,8 @@ from fastce.scoring.comparison import Comparison
 from fastce.scoring.figures import Figures
 from fastce.scoring.formats import InputError
 from fastce.scoring.records import IncompleteError
+from fastce.scoring.records import merge as merge_folders
+from fastce.scoring.records import verify as verify_folder
 from fastce.scoring.runner import Progress, score_files
 from fastce.scoring.scorer import Scorer
 
@@ -17,5 +19,7 @@ __all__ = [
     "Progress",
     "Scorer",
     "compare_files",
+    "merge_folders",
     "score_files",
+    "verify_folder",
 ]

@@ -76,7 +76,7 @@ class Folder:
                 f"{self.parts / name}: two attempts at one part gave different results; "
                 "this must not happen, please report it"
             )
-        _write_json(self.parts / f"{name}.json", record)
+        _write_json(self.parts / f"{name}.json", record, indent=None)
 
     def read_record(self, name: str, key: str) -> dict[str, Any] | None:
         """Return the record of a part if it can be trusted."""
@@ -114,9 +114,9 @@ class _Hashing:
         return self._hash.hexdigest()
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> None:
     with atomic_file(path) as file:
-        file.write(json.dumps(values, indent=1, allow_nan=False).encode() + b"\n")
+        file.write(json.dumps(values, indent=indent, allow_nan=False).encode() + b"\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

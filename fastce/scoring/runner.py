@@ -126,7 +126,7 @@ def score_files(
     block_mib : int, default 64
         MiB of logits in memory at a time; bounds the memory used and changes no figure.
     num_threads, backend
-        As in `cross_entropy`.
+        As in `cross_entropy`; with an executor, whose slots are the parallelism, 1 thread by default.
     progress : callable, optional
         Called with a `Progress` after each block; with an executor, after each part.
 
@@ -186,6 +186,13 @@ def score_files(
     )
     if vocab is not None and vocab > shards[0].n_classes:
         raise ValueError(f"vocab: expected at most {shards[0].n_classes} classes, got {vocab}")
+    if options.kind == "probs" and shards[0].logits.bfloat16:
+        raise InputError(
+            f"{shards[0].logits.label}: expected probabilities of float16, float32 or float64, "
+            "got bfloat16; convert them"
+        )
+    if executor is not None and num_threads is None:
+        num_threads = 1  # an executor's slots are the parallelism
     chosen = registry.choose(backend, shards[0].logits.dtype_name)
     registry.load(chosen)  # now, so that importing it does not count as scoring
     settings = Settings(chosen.name, chosen.isa, num_threads, block_mib * _MIB)
