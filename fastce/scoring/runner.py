@@ -424,6 +424,8 @@ def _score(
             f"(row {part.first_row + row + i} of {shard.logits.label}); "
             f"if it is padding, set the ignore index to {int(y[i])}"
         ) from error
+    except ValueError as error:  # a negative probability
+        raise InputError(f"{shard.logits.label}: {error}") from error
     return stats, kept_rows(y, options.ignore_index)
 
 
