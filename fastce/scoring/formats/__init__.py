@@ -27,8 +27,11 @@ __all__ = ["InputError", "Kind", "Paths", "Reader", "Source", "find", "open_sour
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: How a file starts, or how its name ends, and the module that reads it.
-_MAGIC = {b"\x93NUMPY": "npy"}
-_SUFFIXES: dict[str, str] = {}
+_MAGIC = {b"\x93NUMPY": "npy", b"_logits_": "kld"}
+_SUFFIXES = {".safetensors": "safetensors", ".kld": "kld"}
+
+#: Longer names, or such that steer a terminal, are not of people's arrays.
+_MAX_NAME = 1000
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _TARGETS_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -50,7 +53,13 @@ def sources_of(path: Path) -> list[Source]:
     head = read_head(path, 8)
     by_suffix = _SUFFIXES.get(path.suffix.lower(), "npy")
     format_ = next((f for magic, f in _MAGIC.items() if head.startswith(magic)), by_suffix)
-    return list(importlib.import_module(f"{__name__}.{format_}").sources(path, status))
+    found: list[Source] = importlib.import_module(f"{__name__}.{format_}").sources(path, status)
+    for name in [source.name for source in found if source.name is not None]:
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise InputError(
+                f"{path}: expected names of at most {_MAX_NAME} printable characters, got {name!r:.100}"
+            )
+    return found
 
 
 def open_source(source: Source) -> Reader:
@@ -136,7 +145,8 @@ def _choose(path: Path, name: str | None, role: Role, bfloat16: bool) -> list[So
 
 
 def _matches(source: Source, name: str) -> bool:
-    return source.name is not None and fnmatch.fnmatchcase(source.name, name)
+    # a name may hold brackets, which mean something in a pattern
+    return source.name is not None and (source.name == name or fnmatch.fnmatchcase(source.name, name))
 
 
 def _list(sources: Sequence[Source]) -> str:
