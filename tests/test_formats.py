@@ -1,10 +1,6 @@
 """Every format against files that others wrote, against hostile files, and against random damage."""
 
-import json
-import re
 import struct
-import time
-import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +8,7 @@ import pytest
 import safetensors.numpy
 import scipy.special
 
-from fastce.scoring import InputError, score_files
+from fastce.scoring import score_files
 from fastce.scoring.formats import find, open_source, sources_of
 from fastce.scoring.formats.kld import KldWriter
 
@@ -33,7 +29,7 @@ def rows():
 
 @pytest.fixture
 def losses_of_npy(tmp_path, rows):
-    """What scoring the same rows from .npy files gives."""
+    """Return what scoring the same rows from .npy files gives."""
     np.save(tmp_path / "reference.npy", rows[0])
     np.save(tmp_path / "reference-targets.npy", rows[1])
     return losses(tmp_path / "reference.npy", tmp_path / "reference-targets.npy")
@@ -87,7 +83,7 @@ def test_safetensors_of_every_dtype(tmp_path):
 
 
 def kld_file(n_ctx, n_vocab, chunks):
-    """A file by its layout: chunks of (tokens, rows of (scale, minimum, q))."""
+    """Return a file by its layout: chunks of (tokens, rows of (scale, minimum, q))."""
     content = b"_logits_" + struct.pack("<iii", n_ctx, n_vocab, len(chunks))
     content += b"".join(struct.pack(f"<{n_ctx}i", *tokens) for tokens, _ in chunks)
     for _, chunk_rows in chunks:
@@ -110,7 +106,7 @@ def kld_chunks(rng, n_ctx, n_vocab, n_chunk):
 
 
 def decoded(content):
-    """Log-probabilities and labels one by one, from the bytes."""
+    """Return log-probabilities and labels one by one, from the bytes."""
     n_ctx, n_vocab, n_chunk = struct.unpack_from("<iii", content, 8)
     tokens = struct.unpack_from(f"<{n_chunk * n_ctx}i", content, 20)
     at, out, labels = 20 + 4 * n_chunk * n_ctx, [], []
@@ -219,3 +215,24 @@ def test_kld_writer_says_what_it_cannot_hold(tmp_path):
         writer = KldWriter(file, (2, 3))
         with pytest.raises(ValueError, match="targets: expected int32, got 4294967296 in row 1"):
             writer.write(np.zeros((2, 3)), np.array([0, 2**32]))
+
+
+# .npz
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_every_dtype(tmp_path, save):
+    rng = np.random.default_rng(1)
+    given = {d: rng.integers(2, size=40).astype(d) for d in READABLE}
+    given["two/axes"] = rng.standard_normal((6, 5)).astype(">f4")
+    given["bfloat16"] = rng.standard_normal((6, 5)).astype(ml_dtypes.bfloat16)
+    given["none"] = np.empty((0, 5), np.float16)
+    given["large"] = rng.integers(5, size=(1_000, 200)).astype(np.float64)
+    save(tmp_path / "x.npz", **given)
+    found = arrays(tmp_path / "x.npz")
+    assert set(found) == set(given)
+    for name, array in given.items():
+        assert found[name].tobytes() == array.tobytes(), name
+        assert found[name].shape == array.shape
+    (bits,) = find(f"{tmp_path}/x.npz::bfl*", "logits")
+    assert bits.dtype_name == "bfloat16"

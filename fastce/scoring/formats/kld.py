@@ -70,17 +70,12 @@ def sources(path: Path, status: os.stat_result) -> list[Source]:
     layout = _layout(path)
     n_bytes = status.st_size
     whole = layout.rows_at + layout.n_chunk * layout.chunk_bytes
-    if n_bytes > whole:
-        raise InputError(
-            f"{path}: expected {whole} bytes for {layout.n_chunk} chunks of {layout.rows_per_chunk} rows "
-            f"of {layout.n_vocab} classes, got {n_bytes} (trailing bytes); write the file again"
-        )
     n_chunks = (n_bytes - layout.rows_at) // layout.chunk_bytes
-    if n_chunks < 1:
+    if n_bytes > whole or n_chunks < 1:
+        wrong = "trailing bytes" if n_bytes > whole else "truncated, no chunk is whole"
         raise InputError(
-            f"{path}: expected {whole} bytes for {layout.n_chunk} chunks of {layout.rows_per_chunk} rows "
-            f"of {layout.n_vocab} classes, got {n_bytes} (truncated, no chunk is whole); "
-            "write the file again"
+            f"{path}: expected {whole} bytes for {layout.n_chunk} chunks of {layout.rows_per_chunk} "
+            f"rows of {layout.n_vocab} classes, got {n_bytes} ({wrong}); write the file again"
         )
     note = None
     if n_chunks < layout.n_chunk:
@@ -179,7 +174,7 @@ class KldWriter:
     def __init__(self, file: BinaryIO, shape: tuple[int, int], kind: Kind = "logits") -> None:
         n_rows, n_vocab = shape
         n_ctx = 2 * n_rows + 2
-        if not (1 <= n_rows and n_ctx <= _INT32_MAX and 1 <= n_vocab <= _INT32_MAX):
+        if not (n_rows >= 1 and n_ctx <= _INT32_MAX and 1 <= n_vocab <= _INT32_MAX):
             raise ValueError(
                 f"shape: expected 1 to {(_INT32_MAX - 2) // 2} rows and 1 to {_INT32_MAX} classes, "
                 f"got {shape}"

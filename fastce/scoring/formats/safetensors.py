@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,10 +101,10 @@ def _header(path: Path, n_bytes: int) -> tuple[dict[str, Any], int]:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: expected a valid .safetensors header, got one that fails: {str(error):.200}"
+            f"{path}: expected a valid .safetensors header, got one that fails: {error!s:.200}"
         ) from error
     if not isinstance(header, dict):
-        raise InputError(f"{path}: expected a header that is an object, got {str(header):.50}")
+        raise InputError(f"{path}: expected a header that is an object, got {header!s:.50}")
     if len(header) > _MAX_TENSORS:
         raise InputError(f"{path}: expected at most {_MAX_TENSORS} tensors, got {len(header)}")
     return header, _LENGTH_BYTES + length
@@ -139,12 +139,12 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     if n_bits != 8 * (end - begin):
         raise InputError(
             f"{path}: expected {n_bits // 8} bytes for tensor {name!r:.100}, {dtype} of shape "
-            f"{str(tuple(shape)):.200}, got data_offsets {str(offsets):.100}"
+            f"{tuple(shape)!s:.200}, got data_offsets {offsets!s:.100}"
         )
     return dtype, tuple(shape), begin, end
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     # more axes than arrays have, or numbers of thousands of digits, would only cost time
     return (
         isinstance(values, list)
