@@ -1,6 +1,14 @@
 """Every format against files that others wrote, against hostile files, and against random damage."""
 
+import io
+import json
+import re
 import struct
+import time
+import tracemalloc
+import warnings
+import zipfile
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +16,7 @@ import pytest
 import safetensors.numpy
 import scipy.special
 
-from fastce.scoring import score_files
+from fastce.scoring import InputError, score_files
 from fastce.scoring.formats import find, open_source, sources_of
 from fastce.scoring.formats.kld import KldWriter
 
@@ -236,3 +244,260 @@ def test_npz_of_every_dtype(tmp_path, save):
         assert found[name].shape == array.shape
     (bits,) = find(f"{tmp_path}/x.npz::bfl*", "logits")
     assert bits.dtype_name == "bfloat16"
+
+
+# Hostile files
+
+
+def tensors(header, data=bytes(24), length=None):
+    """Return a .safetensors file of a header, given as text or as what JSON makes text of."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(dtype="F32", shape=(2, 3), offsets=(0, 24)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def zipped(*members, change=None):
+    """Return a zip file of (name, content, compression), its bytes perhaps changed."""
+    stream = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(stream, "w") as file:
+        warnings.simplefilter("ignore")  # of names that are there twice
+        for name, content, compression in members:
+            file.writestr(name, content, compression)
+    return stream.getvalue() if change is None else change(stream.getvalue())
+
+
+def npy_bytes(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def with_field(content, signature, offset, value):
+    """Return bytes with a number put at an offset behind the last of a signature."""
+    at = content.rindex(signature) + offset
+    return content[:at] + value + content[at + len(value) :]
+
+
+X = np.zeros((2, 3), np.float32)
+NPY = npy_bytes(X)
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+HUGE_NPY = NPY.replace(b"(2, 3), }" + b" " * 12, b"(2000000000, 3), }   ")
+DIRECTORY, DIRECTORY_END, LOCAL = b"PK\x01\x02", b"PK\x05\x06", b"PK\x03\x04"
+KLD = kld_file(8, 5, kld_chunks(np.random.default_rng(3), 8, 5, 2))
+
+HOSTILE = {
+    # .safetensors
+    "st empty": (".safetensors", b"", "expected a .safetensors file"),
+    "st not an object": (".safetensors", tensors(b"[1]"), "expected a .safetensors file"),
+    "st blank first": (".safetensors", tensors(b" {}"), "expected a .safetensors file"),
+    "st of 2**63": (".safetensors", tensors({}, length=2**63), "at most 1048576 bytes"),
+    "st header cut": (".safetensors", tensors({}, length=100), "header of 100 bytes.*truncated"),
+    "st no length": (".safetensors", b"\1\0\0", "expected a .safetensors file"),
+    "st not JSON": (".safetensors", tensors(b"{x}"), "valid .safetensors header"),
+    "st not UTF-8": (".safetensors", tensors(b'{"\xff": 1}'), "valid .safetensors header"),
+    "st nested": (".safetensors", tensors(b'{"x":' * 100_000), "valid .safetensors header"),
+    "st long number": (".safetensors", tensors(b'{"x":' + b"9" * 9_999 + b"}"), "valid .safetensors"),
+    "st twice": (".safetensors", tensors(b'{"x": 1, "x": 2}'), "a key is there twice"),
+    "st key twice": (".safetensors", tensors(b'{"x": {"dtype": "F32", "dtype": "F64"}}'), "twice"),
+    "st many": (".safetensors", tensors({str(i): 0 for i in range(10_001)}), "at most 10000 tensors"),
+    "st no entry": (".safetensors", tensors({"x": 3}), "expected dtype, shape and data_offsets"),
+    "st more fields": (".safetensors", tensors({"x": tensor() | {"y": 1}}), "got {'dtype'"),
+    "st dtype": (".safetensors", tensors({"x": tensor("F33")}), "known dtype of tensor 'x', got 'F33'"),
+    "st negative": (".safetensors", tensors({"x": tensor(shape=(-2, -3))}), "expected dtype, shape"),
+    "st float": (".safetensors", tensors({"x": tensor(shape=(2.0, 3))}), "expected dtype, shape"),
+    "st bool": (
+        ".safetensors",
+        tensors({"x": tensor("BOOL", (True,), (0, 1))}),
+        "expected dtype, shape",
+    ),
+    "st axes": (".safetensors", tensors({"x": tensor(shape=[1] * 65)}), "expected dtype, shape"),
+    "st shape": (
+        ".safetensors",
+        tensors({"x": tensor(shape=(2**62, 3))}),
+        r"got data_offsets \[0, 24\]",
+    ),
+    "st hole": (".safetensors", tensors({"x": tensor(offsets=(8, 32))}, bytes(32)), "hole of 8 bytes"),
+    "st overlap": (
+        ".safetensors",
+        tensors({"x": tensor(), "y": tensor(offsets=(20, 44))}, bytes(44)),
+        "'y', which overlaps another",
+    ),
+    "st truncated": (".safetensors", tensors({"x": tensor()}, bytes(23)), "truncated"),
+    "st trailing": (".safetensors", tensors({"x": tensor()}, bytes(25)), "trailing bytes"),
+    "st huge": (
+        ".safetensors",
+        tensors({"x": tensor(shape=(2**40, 3), offsets=(0, 12 * 2**40))}),
+        "trunc",
+    ),
+    "st escape": (".safetensors", tensors({"\x1b[2J": tensor()}), "printable characters"),
+    "st no dtype of ours": (".safetensors", tensors({"x": tensor("F8_E5M2", (24,))}), "got none"),
+    # .kld
+    "kld empty": (".kld", b"", "expected a file of llama-perplexity"),
+    "kld header": (".kld", KLD[:19], "expected a file of llama-perplexity"),
+    "kld other": (".kld", b"GGUF" + KLD[4:], "expected a file of llama-perplexity"),
+    "kld no chunk": (".kld", KLD[:-70], "truncated, no chunk is whole"),
+    "kld tokens": (".kld", KLD[:50], "truncated, no chunk is whole"),
+    "kld trailing": (".kld", KLD + b"\0\0", "trailing bytes"),
+    "kld n_ctx": (".kld", KLD[:8] + struct.pack("<i", 2) + KLD[12:], "n_ctx of at least 3"),
+    "kld n_vocab": (".kld", KLD[:12] + struct.pack("<i", -5) + KLD[16:], "got 8, -5 and 2"),
+    "kld n_chunk": (".kld", KLD[:16] + struct.pack("<i", 0) + KLD[20:], "got 8, 5 and 0"),
+    "kld huge": (".kld", KLD[:8] + struct.pack("<iii", *[2**31 - 1] * 3) + KLD[20:], "truncated"),
+    # .npz
+    "npz empty": (".npz", b"", "expected a zip file"),
+    "npz cut": (".npz", zipped(("x.npy", NPY, STORED))[:-5], "expected a zip file"),
+    "npz nothing": (".npz", zipped(), "got none"),
+    "npz other": (".npz", zipped(("x.txt", NPY, STORED)), "got none"),
+    "npz twice": (".npz", zipped(*[("x.npy", NPY, STORED)] * 2), "of different names"),
+    "npz many": (".npz", zipped(*[(f"{i}", b"", STORED) for i in range(10_001)]), "10000 members"),
+    "npz upwards": (".npz", zipped(("../x.npy", NPY, STORED)), "expected names inside the file"),
+    "npz absolute": (".npz", zipped(("/x.npy", NPY, STORED)), "expected names inside the file"),
+    "npz bzip2": (".npz", zipped(("x.npy", NPY, zipfile.ZIP_BZIP2)), "stored or deflated"),
+    "npz encrypted": (
+        ".npz",
+        zipped(("x.npy", NPY, STORED), change=lambda c: with_field(c, DIRECTORY, 8, b"\1")),
+        "not encrypted",
+    ),
+    "npz no npy": (".npz", zipped(("x.npy", b"GIF89a", STORED)), "::x: expected a .npy file"),
+    "npz objects": (
+        ".npz",
+        zipped(("x.npy", npy_bytes(X).replace(b"'<f4'", b"'|O' "), STORED)),
+        "pickled",
+    ),
+    "npz huge shape": (".npz", zipped(("x.npy", HUGE_NPY, DEFLATED)), "2000000000.*truncated"),
+    "npz ratio": (
+        ".npz",
+        zipped(
+            ("x.npy", HUGE_NPY, DEFLATED),
+            change=lambda c: with_field(c, DIRECTORY, 24, struct.pack("<I", 2**32 - 2)),
+        ),
+        "at most 1032 times",
+    ),
+    "npz stored longer": (
+        ".npz",
+        zipped(
+            ("x.npy", NPY, STORED),
+            change=lambda c: with_field(c, DIRECTORY, 20, struct.pack("<II", 2**31, 2**31)),
+        ),
+        "members of at most",
+    ),
+    "npz directory": (
+        ".npz",
+        zipped(
+            ("x.npy", NPY, STORED),
+            change=lambda c: with_field(c, DIRECTORY_END, 12, struct.pack("<I", 2**32 - 2)),
+        ),
+        "expected a zip file",
+    ),
+    "npz other local name": (
+        ".npz",
+        zipped(("x.npy", NPY, STORED), change=lambda c: with_field(c, LOCAL, 30, b"y")),
+        "expected valid members",
+    ),
+    "npz not deflated": (
+        ".npz",
+        zipped(("x.npy", NPY, DEFLATED), change=lambda c: with_field(c, LOCAL, 35, b"\xff" * 9)),
+        "expected valid members",
+    ),
+}
+
+
+def refusal(path):
+    """Return the message, the seconds and the bytes it took to refuse a file."""
+    started = time.perf_counter()
+    with pytest.raises(InputError) as caught:
+        find(path, "logits")
+    seconds = time.perf_counter() - started
+    tracemalloc.start()
+    with pytest.raises(InputError):
+        find(path, "logits")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return str(caught.value), seconds, peak
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_by_name_at_once_and_in_little_memory(tmp_path, case):
+    suffix, content, message = HOSTILE[case]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    said, seconds, peak = refusal(path)
+    assert re.search(message, said)
+    assert said.startswith(str(path))
+    assert len(said) < 1_000
+    assert seconds < 1
+    assert peak < 2**24
+
+
+def test_npz_of_a_wrong_checksum_or_end_is_refused_when_it_is_read(tmp_path):
+    noise = np.random.default_rng(1).standard_normal((500, 40))
+    good = zipped(("x.npy", npy_bytes(noise), DEFLATED))
+    crc = with_field(good, DIRECTORY, 16, bytes(4))
+    (tmp_path / "x.npz").write_bytes(crc)
+    (source,) = sources_of(tmp_path / "x.npz")
+    with pytest.raises(
+        InputError, match=r"x\.npz: expected valid members, got one that fails: Bad CRC"
+    ):
+        read(source, block=500)
+
+
+def damaged(rng, content):
+    """Return a file with bits turned, a part cut, moved or repeated, or numbers made extreme."""
+    content = bytearray(content)
+    at, to = sorted(rng.integers(len(content) + 1, size=2).tolist())
+    match rng.integers(10):
+        case 0 | 5 | 6 | 7 | 8 | 9:
+            for i in rng.integers(len(content), size=rng.integers(1, 4)):
+                content[i] ^= 1 << int(rng.integers(8))
+        case 1:
+            del content[at:]
+        case 2:
+            del content[at:to]
+        case 3:
+            content[at:at] = content[at:to]
+        case 4:
+            extreme = [b"\xff", b"\x7f", b"\0", b"\x80"][rng.integers(4)]
+            content[at : at + 8] = extreme * int(rng.integers(1, 9))
+    return bytes(content)
+
+
+def valid_files():
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((12, 9)).astype(np.float32), rng.integers(9, size=12)
+    packed, plain = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(packed, logits=x, targets=y)
+    np.savez(plain, logits=x, targets=y)
+    return {
+        "npy": npy_bytes(x),
+        "safetensors": safetensors.numpy.save({"logits": x, "targets": y}),
+        "kld": kld_file(8, 5, kld_chunks(rng, 8, 5, 2)),
+        "npz": packed.getvalue(),
+        "NPZ": plain.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors", "kld", "npz", "NPZ"])
+def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path, suffix):
+    """Where damage hits the header, by halves: else most of it would change numbers alone."""
+    rng = np.random.default_rng(len(suffix))
+    content = valid_files()[suffix]
+    outcomes = Counter()
+    tracemalloc.start()
+    for i in range(400):
+        n_head = 100 if i % 2 else len(content)
+        path = tmp_path / f"{i}.{suffix}"
+        path.write_bytes(damaged(rng, content[:n_head]) + content[n_head:])
+        for role in ("logits", "targets"):
+            try:
+                for source in find(path, role):
+                    read(source)
+                outcomes["read"] += 1
+            except InputError as error:
+                outcomes["refused" if str(error).startswith(str(path)) else "unnamed"] += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert min(outcomes["read"], outcomes["refused"]) > 30, outcomes
+    assert not outcomes["unnamed"]
+    assert peak < 2**24
