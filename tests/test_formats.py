@@ -12,6 +12,9 @@ from collections import Counter
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import scipy.special
@@ -54,7 +57,8 @@ def losses(logits, targets):
 
 def read(source, block=7):
     """Return all of an array, read a few rows at a time, and not in order."""
-    n_axes = 1 if source.dtype.kind in "iub" and not source.bfloat16 else len(source.shape) - 1
+    whole_numbers = source.dtype.kind in "iub" and not source.bfloat16
+    n_axes = len(source.shape) - (len(source.shape) > 1 and not whole_numbers)
     n_rows = int(np.prod(source.shape[:n_axes], dtype=int))
     whole = np.empty((n_rows, *source.shape[n_axes:]), source.dtype)
     with open_source(source) as reader:
@@ -501,3 +505,83 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path, suffix):
     assert min(outcomes["read"], outcomes["refused"]) > 30, outcomes
     assert not outcomes["unnamed"]
     assert peak < 2**24
+
+
+# Arrow and Parquet
+
+
+def fixed_lists(x):
+    return pa.FixedSizeListArray.from_arrays(x.reshape(-1), x.shape[1])
+
+
+def lists(x):
+    return pa.ListArray.from_arrays(np.arange(0, x.size + 1, x.shape[1], dtype=np.int32), x.reshape(-1))
+
+
+def large_lists(x):
+    return pa.LargeListArray.from_arrays(np.arange(0, x.size + 1, x.shape[1]), x.reshape(-1))
+
+
+def write_arrow(path, content, rows_at_once=100):
+    if path.suffix == ".parquet":
+        pq.write_table(content, path, row_group_size=rows_at_once)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, content.schema) as writer:
+            writer.write_table(content, max_chunksize=rows_at_once)
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+@pytest.mark.parametrize("make", [fixed_lists, lists, large_lists])
+def test_arrow_columns_of_lists_and_numbers(tmp_path, rows, suffix, make):
+    logits, targets = rows
+    content = {"x": make(logits), "half": make(logits.astype(np.float16)), "wide": make(logits * 1.5)}
+    content |= {d: (np.arange(N_ROWS) % 2).astype(d) for d in READABLE}
+    content |= {"text": ["a"] * N_ROWS, "targets": targets}
+    path = tmp_path / f"x.{suffix}"
+    write_arrow(path, pa.table(content))
+    found = arrays(path)
+    assert set(found) == set(content) - {"text"}
+    np.testing.assert_array_equal(found["x"], logits)
+    np.testing.assert_array_equal(found["half"], logits.astype(np.float16))
+    np.testing.assert_array_equal(found["wide"], logits * 1.5)
+    np.testing.assert_array_equal(found["targets"], targets)
+    for d in READABLE:
+        assert found[d].dtype == d
+        np.testing.assert_array_equal(found[d], content[d])
+
+
+def arrow_refusal(path, content):
+    write_arrow(path, content)
+    with pytest.raises(InputError) as caught:
+        arrays(path)
+    assert str(caught.value).startswith(str(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_arrow_columns_that_are_no_arrays(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    gap = pa.array([[1.0, 2.0]] * 150 + [None])
+    assert "nulls, where numbers are expected" in arrow_refusal(path, pa.table({"x": gap}))
+    gap = pa.array([[1.0, 2.0]] * 150 + [[None, 1.0]])
+    assert "nulls, where numbers are expected" in arrow_refusal(path, pa.table({"x": gap}))
+    ragged = pa.array([[1.0, 2.0]] * 150 + [[1.0]])
+    said = arrow_refusal(path, pa.table({"x": ragged}))
+    assert "x: expected rows of 2 numbers, got 1 in row 150" in said
+    assert "nulls" in arrow_refusal(path, pa.table({"y": pa.array([1, None])}))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="expected a valid Arrow or Parquet file"):
+        sources_of(path)
+
+
+def test_arrow_compressed(tmp_path, rows):
+    feather.write_feather(
+        pa.table({"x": fixed_lists(rows[0])}), tmp_path / "x.feather", compression="zstd"
+    )
+    np.testing.assert_array_equal(arrays(tmp_path / "x.feather")["x"], rows[0])
+
+
+def test_arrow_of_no_rows(tmp_path):
+    write_arrow(tmp_path / "x.arrow", pa.table({"x": fixed_lists(np.empty((0, 3)))}))
+    (source,) = sources_of(tmp_path / "x.arrow")
+    assert source.shape == (0, 3)

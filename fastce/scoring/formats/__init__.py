@@ -27,8 +27,24 @@ __all__ = ["InputError", "Kind", "Paths", "Reader", "Source", "find", "open_sour
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: How a file starts, or how its name ends, and the module that reads it.
-_MAGIC = {b"\x93NUMPY": "npy", b"_logits_": "kld", b"PK\x03\x04": "npz"}
-_SUFFIXES = {".safetensors": "safetensors", ".kld": "kld", ".npz": "npz"}
+_MAGIC = {
+    b"\x93NUMPY": "npy",
+    b"_logits_": "kld",
+    b"PK\x03\x04": "npz",
+    b"ARROW1": "arrow",
+    b"PAR1": "arrow",
+    b"\x89HDF\r\n\x1a\n": "hdf5",
+}
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".kld": "kld",
+    ".npz": "npz",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".parquet": "arrow",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+}
 
 #: Longer names, or such that steer a terminal, are not of people's arrays.
 _MAX_NAME = 1000

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,12 @@ from numpy.typing import NDArray
 
 #: What the numbers of an array of logits are.
 Kind = Literal["logits", "logprobs", "probs"]
+
+
+#: How many times as long as in the file an array may be, beyond so many bytes: what is deflated grows
+#: no more, and other compressors do so only of arrays that say nothing.
+_MAX_RATIO = 1032
+_EXPANSION_BYTES = 2**28
 
 
 class InputError(ValueError):
@@ -90,6 +98,43 @@ def read_head(path: Path, n_bytes: int) -> bytes:
             return file.read(n_bytes)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_expansion(label: str, what: str, n_bytes: int, stored: int) -> None:
+    """Refuse what a library would make of a file, if it is far more than compression explains."""
+    if n_bytes > _MAX_RATIO * stored + _EXPANSION_BYTES:
+        raise InputError(
+            f"{label}: expected {what} of at most {_MAX_RATIO} times the {stored} bytes of the file, "
+            f"got {n_bytes} bytes; save the array without compression"
+        )
+
+
+def open_with(extra: str, module: str, path: Path) -> Any:
+    """Import the library that reads a format, one of fastce's extras."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{path}: needs {module.partition('.')[0]}, which cannot be imported ({error}); "
+            f"python -m pip install {extra}"
+        ) from error
+
+
+def leading(axes: tuple[int, ...], first: int, n: int) -> Iterator[tuple[tuple[int | slice, ...], int]]:
+    """Yield indices that select n rows, counted over leading axes, and how many rows each selects."""
+    if len(axes) == 1:
+        yield (slice(first, first + n),), n
+        return
+    inner = math.prod(axes[1:])
+    while n:
+        i, j = divmod(first, inner)
+        if j == 0 and n >= inner:
+            taken = n // inner * inner
+            yield (slice(i, i + n // inner),), taken
+        else:
+            taken = min(inner - j, n)
+            yield from (((i, *rest), m) for rest, m in leading(axes[1:], j, taken))
+        first, n = first + taken, n - taken
 
 
 class FileReader:
