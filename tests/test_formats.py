@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 import time
@@ -10,6 +11,7 @@ import warnings
 import zipfile
 from collections import Counter
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import scipy.special
+import torch
+import zarr
 
 from fastce.scoring import InputError, score_files
 from fastce.scoring.formats import find, open_source, sources_of
@@ -350,8 +354,8 @@ HOSTILE = {
     "kld n_chunk": (".kld", KLD[:16] + struct.pack("<i", 0) + KLD[20:], "got 8, 5 and 0"),
     "kld huge": (".kld", KLD[:8] + struct.pack("<iii", *[2**31 - 1] * 3) + KLD[20:], "truncated"),
     # .npz
-    "npz empty": (".npz", b"", "expected a zip file"),
-    "npz cut": (".npz", zipped(("x.npy", NPY, STORED))[:-5], "expected a zip file"),
+    "npz empty": (".npz", b"", "expected a valid zip file"),
+    "npz cut": (".npz", zipped(("x.npy", NPY, STORED))[:-5], "expected a valid zip file"),
     "npz nothing": (".npz", zipped(), "got none"),
     "npz other": (".npz", zipped(("x.txt", NPY, STORED)), "got none"),
     "npz twice": (".npz", zipped(*[("x.npy", NPY, STORED)] * 2), "of different names"),
@@ -393,17 +397,17 @@ HOSTILE = {
             ("x.npy", NPY, STORED),
             change=lambda c: with_field(c, DIRECTORY_END, 12, struct.pack("<I", 2**32 - 2)),
         ),
-        "expected a zip file",
+        "expected a valid zip file",
     ),
     "npz other local name": (
         ".npz",
         zipped(("x.npy", NPY, STORED), change=lambda c: with_field(c, LOCAL, 30, b"y")),
-        "expected valid members",
+        "expected a valid member",
     ),
     "npz not deflated": (
         ".npz",
         zipped(("x.npy", NPY, DEFLATED), change=lambda c: with_field(c, LOCAL, 35, b"\xff" * 9)),
-        "expected valid members",
+        "expected a valid member",
     ),
 }
 
@@ -442,7 +446,7 @@ def test_npz_of_a_wrong_checksum_or_end_is_refused_when_it_is_read(tmp_path):
     (tmp_path / "x.npz").write_bytes(crc)
     (source,) = sources_of(tmp_path / "x.npz")
     with pytest.raises(
-        InputError, match=r"x\.npz: expected valid members, got one that fails: Bad CRC"
+        InputError, match=r"x\.npz: expected a valid member, got one that fails: Bad CRC"
     ):
         read(source, block=500)
 
@@ -585,3 +589,138 @@ def test_arrow_of_no_rows(tmp_path):
     write_arrow(tmp_path / "x.arrow", pa.table({"x": fixed_lists(np.empty((0, 3)))}))
     (source,) = sources_of(tmp_path / "x.arrow")
     assert source.shape == (0, 3)
+
+
+# HDF5, Zarr, torch
+
+
+def arrays_of_science(rng):
+    given = {d: rng.integers(2, size=40).astype(d) for d in READABLE}
+    given["two"] = rng.standard_normal((60, 5)).astype(np.float32)
+    given["three"] = rng.standard_normal((7, 9, 5))
+    given["whole/numbers"] = rng.integers(9, size=(7, 9))
+    return given
+
+
+def write_hdf5(path, given, **options):
+    with h5py.File(path, "w") as file:
+        for name, array in given.items():
+            file.create_dataset(name, data=array, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": True, "compression": "gzip"}])
+def test_hdf5_of_every_dtype(tmp_path, options):
+    given = arrays_of_science(np.random.default_rng(1))
+    write_hdf5(tmp_path / "x.h5", given, **options)
+    assert_same(arrays(tmp_path / "x.h5"), given)
+
+
+def assert_same(found, given):
+    assert set(found) == set(given)
+    for name, array in given.items():
+        assert found[name].dtype.name == array.dtype.name
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.astype(found[name].dtype).tobytes(), name
+
+
+def test_hdf5_that_is_not_what_it_says(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (2**40, 5), "f4", chunks=(10, 5))
+    said, seconds, _ = refusal(path)
+    assert "expected an array of at most 1032 times" in said
+    assert seconds < 1
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (100, 5), "f4", chunks=(10, 5))[:50] = 1
+    assert "expected 10 chunks, got 5: some were never written" in refusal(path)[0]
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (10, 5), "f4", external=[("other", 0, 200)])
+    assert "got a link to other files" in refusal(path)[0]
+    write_hdf5(path, {"x": X})
+    path.write_bytes(path.read_bytes()[:-20])
+    assert refusal(path)[0].startswith(f"{path}: expected a valid HDF5 file")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_of_every_dtype(tmp_path, version):
+    given = arrays_of_science(np.random.default_rng(1))
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=version)
+    for name, array in given.items():
+        group.create_array(name, data=array, chunks=tuple(-(-n // 3) for n in array.shape))
+    if version == 3:
+        given["shards"] = np.arange(240.0).reshape(60, 4)
+        group.create_array("shards", data=given["shards"], chunks=(5, 4), shards=(20, 4))
+    assert_same(arrays(tmp_path / "x.zarr"), given)
+    assert_same(arrays(tmp_path / "x.zarr" / "two"), {None: given["two"]})
+
+
+def test_zarr_says_which_chunks_are_missing(tmp_path):
+    array = zarr.create_array(tmp_path / "x.zarr", shape=(100, 5), chunks=(10, 5), dtype="f4")
+    array[:40] = 1
+    (source,) = find(tmp_path / "x.zarr", "logits")
+    assert source.note == "6 of 10 chunks are not there and read as 0.0"
+    np.testing.assert_array_equal(read(source), array[:])
+
+
+def test_zarr_that_is_not_what_it_says(tmp_path):
+    path = tmp_path / "x.zarr"
+    zarr.create_array(path, shape=(2**40, 5), chunks=(10, 5), dtype="f4")
+    said, seconds, _ = refusal(path)
+    assert "expected an array of at most 1032 times" in said
+    assert seconds < 1
+    zarr.create_array(path, shape=(10, 5), chunks=(2**40, 5), dtype="f4", overwrite=True)
+    assert "expected a chunk of at most 1032 times" in refusal(path)[0]
+    (path / "zarr.json").write_text("{" + " " * 2**20)
+    assert "metadata of at most 1048576 bytes" in refusal(path)[0]
+    (path / "zarr.json").write_text("{")
+    assert "expected a valid Zarr folder" in refusal(path)[0]
+    (path / "zarr.json").unlink()
+    metadata = {"zarr_format": 2, "shape": [4, 2], "chunks": [4, 2], "dtype": "<f4", "filters": None}
+    metadata |= {"fill_value": 0, "order": "C", "compressor": {"id": "base64"}}
+    (path / ".zarray").write_text(json.dumps(metadata))
+    assert "expected codecs out of" in refusal(path)[0]
+    os.mkfifo(path / "0.0")
+    assert "expected files and folders alone" in refusal(path)[0]
+
+
+def test_zarr_that_changes_is_refused(tmp_path):
+    zarr.create_array(tmp_path / "x.zarr", data=X + 1)
+    (source,) = find(tmp_path / "x.zarr", "logits")
+    with pytest.raises(InputError, match="was changed while it was read"), open_source(source):
+        (tmp_path / "x.zarr" / "c" / "0" / "0").write_bytes(b"")
+
+
+def test_torch_of_every_dtype(tmp_path):
+    given = arrays_of_science(np.random.default_rng(1))
+    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+    torch.save(tensors | {"epoch": 3}, tmp_path / "x.pt")
+    assert_same(arrays(tmp_path / "x.pt"), given)
+    torch.save(tensors["two"].T.contiguous().T, tmp_path / "x.pth")
+    assert_same(arrays(tmp_path / "x.pth"), {None: given["two"]})
+    half = tensors["two"].bfloat16()
+    torch.save(half, tmp_path / "x.pt")
+    (source,) = find(tmp_path / "x.pt", "logits")
+    assert source.dtype_name == "bfloat16"
+    assert (read(source) == half.view(torch.uint16).numpy()).all()
+
+
+class Unwanted:
+    """Unpickles as a terabyte."""
+
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+def test_torch_files_that_are_more_than_tensors(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(Unwanted(), path)
+    assert "expected tensors alone, got '__builtin__ bytearray'" in refusal(path)[0]
+    torch.save([torch.zeros(3)], path)
+    assert "expected a tensor or a dict of tensors, got list" in refusal(path)[0]
+    torch.save(torch.zeros(1).expand(2**40), path)
+    assert "save tensor.contiguous()" in refusal(path)[0]
+    torch.save(torch.zeros(9, 9), path, _use_new_zipfile_serialization=False)
+    assert "expected a valid zip file" in refusal(path)[0]
+    torch.save(torch.zeros(9, 9), path)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert "expected a valid zip file" in refusal(path)[0]

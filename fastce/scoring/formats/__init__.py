@@ -44,6 +44,8 @@ _SUFFIXES = {
     ".parquet": "arrow",
     ".h5": "hdf5",
     ".hdf5": "hdf5",
+    ".pt": "torch",
+    ".pth": "torch",
 }
 
 #: Longer names, or such that steer a terminal, are not of people's arrays.
@@ -65,10 +67,11 @@ Role = Literal["logits", "targets", "mask", "lengths"]
 
 def sources_of(path: Path) -> list[Source]:
     """Return every array of a file, from its header."""
-    status = regular_file(path)
-    head = read_head(path, 8)
-    by_suffix = _SUFFIXES.get(path.suffix.lower(), "npy")
-    format_ = next((f for magic, f in _MAGIC.items() if head.startswith(magic)), by_suffix)
+    if _is_zarr(path):
+        format_, status = "zarr", path.stat()
+    else:
+        status = regular_file(path)
+        format_ = _format_of(path)
     found: list[Source] = importlib.import_module(f"{__name__}.{format_}").sources(path, status)
     for name in [source.name for source in found if source.name is not None]:
         if len(name) > _MAX_NAME or not name.isprintable():
@@ -76,6 +79,20 @@ def sources_of(path: Path) -> list[Source]:
                 f"{path}: expected names of at most {_MAX_NAME} printable characters, got {name!r:.100}"
             )
     return found
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.is_dir() and any(
+        (path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")
+    )
+
+
+def _format_of(path: Path) -> str:
+    head = read_head(path, 256)
+    if head.startswith(b"PK") and b"/data.pkl" in head:  # the first member of a file of torch.save
+        return "torch"
+    by_suffix = _SUFFIXES.get(path.suffix.lower(), "npy")
+    return next((f for magic, f in _MAGIC.items() if head.startswith(magic)), by_suffix)
 
 
 def open_source(source: Source) -> Reader:

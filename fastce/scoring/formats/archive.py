@@ -6,7 +6,7 @@ import io
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-from fastce.scoring.formats.base import InputError
+from fastce.scoring.formats.base import InputError, refusing
 
 _MAX_DIRECTORY_BYTES = 2**20
 _MAX_MEMBERS = 10_000
@@ -27,10 +27,8 @@ def open_zip(path: Path, file: io.RawIOBase) -> ZipFile:
     file : file
         Open for reading; closing the zip file leaves it open.
     """
-    try:
+    with refusing(path, "zip file"):
         opened = ZipFile(_Capped(file))
-    except Exception as error:  # a crafted directory can make the parser raise nearly anything
-        raise InputError(f"{path}: expected a zip file, got one that fails: {error}") from error
     members = opened.infolist()
     if len(members) > _MAX_MEMBERS or len(members) != len({m.filename for m in members}):
         raise InputError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from fastce.scoring.formats.base import (
     Reader,
     Source,
     check_expansion,
-    open_with,
+    library,
     read_head,
+    refusing,
 )
 
 # Lists are decoded from Parquet so many elements at a time, and read from the file so many bytes.
@@ -30,10 +30,13 @@ _BATCH_ELEMENTS = 2**20
 _BUFFER_BYTES = 2**20
 
 
+_EXTRA = "'fastce[arrow]'"
+
+
 def sources(path: Path, status: os.stat_result) -> list[Source]:
     """Read a file's schema and number of rows, and the first row of lists of unstated length."""
     pa = _pyarrow(path)
-    with path.open("rb", buffering=0) as file, _refusing(path):
+    with path.open("rb", buffering=0) as file, refusing(path, "Arrow or Parquet file"):
         schema, n_rows = _schema(pa, file, _is_parquet(path))
         if len(set(schema.names)) < len(schema.names):
             raise InputError(f"{path}: expected columns of different names, got {schema.names!s:.200}")
@@ -60,24 +63,12 @@ def open_reader(source: Source) -> Reader:
 
 def _pyarrow(path: Path) -> Any:
     for module in ("pyarrow.dataset", "pyarrow.ipc", "pyarrow.parquet"):
-        open_with("'fastce[arrow]'", module, path)
-    return open_with("'fastce[arrow]'", "pyarrow", path)
+        library(module, path, _EXTRA)
+    return library("pyarrow", path, _EXTRA)
 
 
 def _is_parquet(path: Path) -> bool:
     return read_head(path, 4) == b"PAR1"
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn whatever the library says of a malformed file into our error."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        said = str(error).partition("\n")[0]
-        raise InputError(f"{path}: expected a valid Arrow or Parquet file: {said:.200}") from error
 
 
 def _schema(pa: Any, file: Any, is_parquet: bool) -> tuple[Any, int]:
@@ -186,7 +177,7 @@ class _ColumnReader(FileReader):
             filled += len(part)
 
     def _next(self) -> None:
-        with _refusing(self.source.path):
+        with refusing(self.source.path, "Arrow or Parquet file"):
             found = next(self._pieces, None)
             if found is None:
                 raise InputError(

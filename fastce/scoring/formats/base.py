@@ -7,6 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -109,31 +110,57 @@ def check_expansion(label: str, what: str, n_bytes: int, stored: int) -> None:
         )
 
 
-def open_with(extra: str, module: str, path: Path) -> Any:
-    """Import the library that reads a format, one of fastce's extras."""
+def library(module: str, path: Path, install: str) -> Any:
+    """Import the library that reads a format."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
             f"{path}: needs {module.partition('.')[0]}, which cannot be imported ({error}); "
-            f"python -m pip install {extra}"
+            f"python -m pip install {install}"
         ) from error
 
 
-def leading(axes: tuple[int, ...], first: int, n: int) -> Iterator[tuple[tuple[int | slice, ...], int]]:
-    """Yield indices that select n rows, counted over leading axes, and how many rows each selects."""
+@contextmanager
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library says of a malformed file into our error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: expected a valid {what}, got one that fails: {said:.200}") from error
+
+
+def selections(
+    axes: tuple[int, ...], first_row: int, rows: NDArray[Any]
+) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any]]]:
+    """Yield indices of an array that select rows, counted over its leading axes, and where they go.
+
+    What an index selects is of the shape of the part of ``rows`` that comes with it.
+    """
+    for index, first, n in _leading(axes, first_row, len(rows)):
+        part = rows[first - first_row : first - first_row + n]
+        yield index, part.reshape(-1, *axes[len(index) :], *rows.shape[1:])
+
+
+def _leading(
+    axes: tuple[int, ...], first: int, n: int
+) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
     if len(axes) == 1:
-        yield (slice(first, first + n),), n
+        yield (slice(first, first + n),), first, n
         return
     inner = math.prod(axes[1:])
     while n:
         i, j = divmod(first, inner)
         if j == 0 and n >= inner:
             taken = n // inner * inner
-            yield (slice(i, i + n // inner),), taken
+            yield (slice(i, i + n // inner),), first, taken
         else:
             taken = min(inner - j, n)
-            yield from (((i, *rest), m) for rest, m in leading(axes[1:], j, taken))
+            for rest, at, m in _leading(axes[1:], j, taken):
+                yield (i, *rest), first - j + at, m
         first, n = first + taken, n - taken
 
 

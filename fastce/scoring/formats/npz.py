@@ -6,15 +6,17 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastce.scoring.formats.archive import data_offset, open_zip
-from fastce.scoring.formats.base import FileReader, InputError, RawReader, Reader, Source
+from fastce.scoring.formats.base import FileReader, InputError, RawReader, Reader, Source, refusing
 from fastce.scoring.formats.npy import HEAD_BYTES, describe, is_bfloat16
+
+_WHAT = "member"
 
 # What is inflated at a time.
 _PIECE_BYTES = 2**18
@@ -31,8 +33,8 @@ def _source(
     path: Path, status: os.stat_result, file: io.RawIOBase, opened: ZipFile, member: ZipInfo
 ) -> Source:
     name = member.filename.removesuffix(".npy")
-    with _member(path, opened, member) as stream:
-        head = _read(path, stream, HEAD_BYTES)
+    with refusing(path, _WHAT), opened.open(member) as stream:
+        head = stream.read(HEAD_BYTES)
     shape, dtype, offset = describe(f"{path}::{name}", head, member.file_size)
     at = 0
     if member.compress_type == ZIP_STORED:
@@ -43,24 +45,6 @@ def _source(
             )
     found = Source(path, name, "npz", shape, dtype, status.st_size, status.st_mtime_ns, offset=at)
     return found.as_bfloat16() if is_bfloat16(dtype) else found
-
-
-def _member(path: Path, opened: ZipFile, member: ZipInfo) -> IO[bytes]:
-    try:
-        return opened.open(member)
-    except Exception as error:  # as for the directory
-        raise _damaged(path, error) from error
-
-
-def _read(path: Path, stream: IO[bytes], n: int) -> bytes:
-    try:
-        return stream.read(n)
-    except Exception as error:  # zlib's, a wrong checksum, an early end
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: expected valid members, got one that fails: {error}")
 
 
 def open_reader(source: Source) -> Reader:
@@ -80,7 +64,8 @@ class _InflatingReader(FileReader):
         self._begin()
 
     def _begin(self) -> None:
-        self._stream, self._at = _member(self.source.path, self._zip, self._member), 0
+        with refusing(self.source.path, _WHAT):
+            self._stream, self._at = self._zip.open(self._member), 0
 
     def read_into(self, first_row: int, rows: NDArray[Any]) -> None:
         """Fill an array with rows from ``first_row`` on."""
@@ -96,7 +81,8 @@ class _InflatingReader(FileReader):
             rest = rest[len(piece) :]
 
     def _next(self, n: int) -> bytes:
-        piece = _read(self.source.path, self._stream, min(n, _PIECE_BYTES))
+        with refusing(self.source.path, _WHAT):
+            piece = self._stream.read(min(n, _PIECE_BYTES))
         if not piece:
             raise InputError(
                 f"{self.source.label}: expected {self._member.file_size} bytes, got {self._at} "
