@@ -28,6 +28,7 @@ _EPILOGUE = """Examples:
     fastce score logits.npy --targets targets.npy
     fastce score 'logits-*.npy' --targets targets.npy --out scores
     fastce score logits.npy --targets targets.npy -o json > figures.json
+    fastce convert base.kld base.safetensors
     fastce doctor
     fastce bench --dtypes float32,float64 -o json > bench.json
     fastce bench --compare bench.json
@@ -85,10 +86,11 @@ def score(
     Parameters
     ----------
     logits
-        .npy files of float16, float32 or float64, rows by classes, or quoted patterns of them
-        (whose files are taken in natural order). Give them before the options.
+        Files of float16, bfloat16, float32 or float64, rows by classes, or quoted patterns of them
+        (whose files are taken in natural order): .npy, .npz, .safetensors, .kld, Arrow, Parquet, HDF5,
+        Zarr, torch's. FILE::NAME is one array of a file. Give them before the options.
     targets
-        .npy files of integer class ids: one for all the rows in order, or one for each logits file.
+        Files of integer class ids: one for all the rows in order, or one for each logits file.
     out
         Folder for the losses of each row (NAME.loss.npy) and figures.json.
     format_
@@ -140,6 +142,59 @@ def score(
         terminal.say(f"fastce: warning: {rows} a loss that is NaN or infinite")
     if figures.ignored == figures.rows:
         return _fail(f"no row was scored: all {figures.rows} rows are ignored", _BAD_INPUT)
+    return 0
+
+
+@app.command
+def convert(
+    source: str,
+    target: Path,
+    /,
+    *,
+    targets: str | None = None,
+    dtype: str | None = None,
+    block_mib: int = 64,
+    quiet: bool = False,
+) -> int:
+    """Write logits, and their targets, to a file of another format.
+
+    Parameters
+    ----------
+    source
+        A file of any format that is scored; FILE::NAME is one array of a file.
+    target
+        A name that ends in .npy, .safetensors, .kld, .arrow or .parquet.
+    targets
+        A file of class ids to write with the logits. Default: those in the source, as a .kld file has
+        them.
+    dtype
+        float16, bfloat16, float32 or float64. Default: that of the source.
+    block_mib
+        MiB of logits in memory at a time.
+    quiet
+        Show no progress.
+    """
+    from fastce import terminal
+    from fastce.scoring import InputError
+    from fastce.scoring.convert import convert as convert_file
+
+    try:
+        with terminal.progress("converting", quiet=quiet) as show:
+            written = convert_file(
+                source,
+                target,
+                targets=targets,
+                dtype=dtype,
+                block_mib=block_mib,
+                progress=lambda done, total: show(done, total, f"{done:,} rows"),
+                on_note=lambda note: terminal.say(f"fastce: warning: {note}"),
+            )
+    except InputError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except ValueError as error:
+        return _fail(str(error), _USAGE)
+    for path in written:
+        print(path)
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import sys
 import time
 import tracemalloc
 import warnings
@@ -23,7 +24,9 @@ import scipy.special
 import torch
 import zarr
 
+from fastce import cli
 from fastce.scoring import InputError, score_files
+from fastce.scoring.convert import convert
 from fastce.scoring.formats import find, open_source, sources_of
 from fastce.scoring.formats.kld import KldWriter
 
@@ -42,23 +45,6 @@ def rows():
     return logits, targets
 
 
-@pytest.fixture
-def losses_of_npy(tmp_path, rows):
-    """Return what scoring the same rows from .npy files gives."""
-    np.save(tmp_path / "reference.npy", rows[0])
-    np.save(tmp_path / "reference-targets.npy", rows[1])
-    return losses(tmp_path / "reference.npy", tmp_path / "reference-targets.npy")
-
-
-def losses(logits, targets):
-    out = (logits.parent if hasattr(logits, "parent") else logits.partition("::")[0].parent) / "losses"
-    score_files(logits, targets, out=out)
-    (path,) = out.glob("*.loss.npy")
-    found = np.load(path)
-    path.unlink()
-    return found
-
-
 def read(source, block=7):
     """Return all of an array, read a few rows at a time, and not in order."""
     whole_numbers = source.dtype.kind in "iub" and not source.bfloat16
@@ -72,8 +58,8 @@ def read(source, block=7):
     return whole.reshape(source.shape)
 
 
-def arrays(path):
-    return {source.name: read(source) for source in sources_of(path)}
+def arrays(path, block=7):
+    return {source.name: read(source, block) for source in sources_of(path)}
 
 
 # safetensors
@@ -612,7 +598,8 @@ def write_hdf5(path, given, **options):
 def test_hdf5_of_every_dtype(tmp_path, options):
     given = arrays_of_science(np.random.default_rng(1))
     write_hdf5(tmp_path / "x.h5", given, **options)
-    assert_same(arrays(tmp_path / "x.h5"), given)
+    for block in (7, 25):
+        assert_same(arrays(tmp_path / "x.h5", block), given)
 
 
 def assert_same(found, given):
@@ -650,7 +637,8 @@ def test_zarr_of_every_dtype(tmp_path, version):
     if version == 3:
         given["shards"] = np.arange(240.0).reshape(60, 4)
         group.create_array("shards", data=given["shards"], chunks=(5, 4), shards=(20, 4))
-    assert_same(arrays(tmp_path / "x.zarr"), given)
+    for block in (7, 25):
+        assert_same(arrays(tmp_path / "x.zarr", block), given)
     assert_same(arrays(tmp_path / "x.zarr" / "two"), {None: given["two"]})
 
 
@@ -694,7 +682,8 @@ def test_torch_of_every_dtype(tmp_path):
     given = arrays_of_science(np.random.default_rng(1))
     tensors = {name: torch.from_numpy(array) for name, array in given.items()}
     torch.save(tensors | {"epoch": 3}, tmp_path / "x.pt")
-    assert_same(arrays(tmp_path / "x.pt"), given)
+    for block in (7, 25):
+        assert_same(arrays(tmp_path / "x.pt", block), given)
     torch.save(tensors["two"].T.contiguous().T, tmp_path / "x.pth")
     assert_same(arrays(tmp_path / "x.pth"), {None: given["two"]})
     half = tensors["two"].bfloat16()
@@ -724,3 +713,209 @@ def test_torch_files_that_are_more_than_tensors(tmp_path):
     torch.save(torch.zeros(9, 9), path)
     path.write_bytes(path.read_bytes()[:-50])
     assert "expected a valid zip file" in refusal(path)[0]
+
+
+# All of them: scored, and converted
+
+
+def save_npz(path, x, y):
+    np.savez_compressed(path, logits=x, targets=y)
+
+
+def save_safetensors(path, x, y):
+    safetensors.numpy.save_file({"logits": x, "targets": y}, path)
+
+
+def save_arrow(path, x, y):
+    write_arrow(path, pa.table({"logits": fixed_lists(x), "targets": y}))
+
+
+def save_hdf5(path, x, y):
+    write_hdf5(path, {"logits": x, "targets": y})
+
+
+def save_zarr(path, x, y):
+    group = zarr.open_group(path, mode="w")
+    group.create_array("logits", data=x, chunks=(80, 10))
+    group.create_array("targets", data=y)
+
+
+def save_torch(path, x, y):
+    torch.save({"logits": torch.from_numpy(x), "targets": torch.from_numpy(y)}, path)
+
+
+SAVE = {
+    "npz": save_npz,
+    "safetensors": save_safetensors,
+    "arrow": save_arrow,
+    "parquet": save_arrow,
+    "h5": save_hdf5,
+    "zarr": save_zarr,
+    "pt": save_torch,
+}
+
+
+def losses(folder, logits, targets):
+    """Return the losses that are written, and figures."""
+    figures = score_files(logits, targets, out=folder / "losses", block_mib=1)
+    (path,) = (folder / "losses").glob("*.loss.npy")
+    found = np.load(path)
+    path.unlink()
+    return found.tobytes(), figures.nll_sum, figures.standard_error, figures.top_k_accuracy
+
+
+@pytest.fixture
+def reference(tmp_path, rows):
+    """Return the losses of the same rows in .npy files."""
+    np.save(tmp_path / "logits.npy", rows[0])
+    np.save(tmp_path / "targets.npy", rows[1])
+    return losses(tmp_path, tmp_path / "logits.npy", tmp_path / "targets.npy")
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+def test_losses_do_not_depend_on_the_format(tmp_path, rows, reference, suffix, monkeypatch):
+    path = tmp_path / f"both.{suffix}"
+    SAVE[suffix](path, *rows)
+    monkeypatch.setattr("fastce.scoring.runner._MIB", 70 * 4 * N_CLASSES)  # blocks that fit no chunk
+    assert losses(tmp_path, path, path) == reference
+    assert losses(tmp_path, f"{path}::logits", f"{path}::tar*") == reference
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+@pytest.mark.parametrize("target", ["npy", "safetensors", "arrow", "parquet"])
+def test_convert_keeps_every_bit(tmp_path, rows, suffix, target):
+    SAVE[suffix](tmp_path / f"both.{suffix}", *rows)
+    written = convert(tmp_path / f"both.{suffix}", tmp_path / f"new.{target}")
+    assert written[0] == tmp_path / f"new.{target}"
+    if target == "npy":
+        found = [np.load(path, allow_pickle=False) for path in written]
+        assert written[1] == tmp_path / "new.targets.npy"
+    elif target == "safetensors":
+        found = list(safetensors.numpy.load_file(written[0]).values())
+    else:
+        read_table = pq.read_table if target == "parquet" else feather.read_table
+        columns = read_table(written[0])
+        assert columns.column_names == ["logits", "targets"]
+        found = [np.array(columns["logits"].to_pylist(), np.float32), columns["targets"].to_numpy()]
+    for array, given in zip(found, rows, strict=True):
+        assert array.dtype == given.dtype
+        np.testing.assert_array_equal(array, given)
+
+
+@pytest.mark.parametrize("target", ["npy", "safetensors", "arrow", "parquet", "kld"])
+def test_convert_of_kld(tmp_path, target):
+    content = kld_file(64, 901, kld_chunks(np.random.default_rng(5), 64, 901, 3))
+    (tmp_path / "base.kld").write_bytes(content)
+    expected, labels = decoded(content)
+    written = convert(tmp_path / "base.kld", tmp_path / f"new.{target}")
+    if target == "npy":
+        found = {"logprobs": np.load(written[0]), "targets": np.load(written[1])}
+    else:
+        found = arrays(written[0])
+    assert found["targets"].tolist() == labels
+    tolerance = 5.1e-5 if target == "kld" else 0  # half of the largest step, and rounding
+    np.testing.assert_allclose(found["logprobs"], expected, rtol=0, atol=tolerance)
+    if target != "npy":
+        assert find(written[0], "logits")[0].kind == "logprobs"
+
+
+def test_convert_to_kld_takes_targets_from_elsewhere(tmp_path, rows):
+    np.save(tmp_path / "logits.npy", rows[0])
+    np.save(tmp_path / "targets.npy", rows[1])
+    (path,) = convert(tmp_path / "logits.npy", tmp_path / "x.kld", targets=tmp_path / "targets.npy")
+    assert arrays(path)["targets"].tolist() == rows[1].tolist()
+    floored = np.maximum(rows[0], rows[0].max(axis=1, keepdims=True) - 16).astype(float)
+    kept = rows[1] != -100
+    picked = scipy.special.log_softmax(floored, axis=1)[kept, rows[1][kept]]
+    # each loss is off by up to half a step of 16 / 65535, to either side
+    assert score_files(path, path).mean_nll == pytest.approx(-picked.mean(), abs=1e-5)
+    with pytest.raises(InputError, match=r"logits\.npy: expected logits and their targets"):
+        convert(tmp_path / "logits.npy", tmp_path / "y.kld")
+    np.save(tmp_path / "wide.npy", rows[1] + 2**33)
+    with pytest.raises(
+        InputError, match=r"wide\.npy: cannot be written as \.kld: targets: expected int32"
+    ):
+        convert(tmp_path / "logits.npy", tmp_path / "y.kld", targets=tmp_path / "wide.npy")
+    assert not list(tmp_path.glob("y.kld*"))
+
+
+@pytest.mark.parametrize("target", ["npy", "safetensors"])
+def test_convert_keeps_axes_and_dtypes(tmp_path, rows, target):
+    x, y = rows[0][:300].reshape(20, 15, N_CLASSES), rows[1][:300].reshape(20, 15)
+    given = {d: x.astype(d) for d in ("float16", "float32", "float64", ml_dtypes.bfloat16)}
+    for source, array in given.items():
+        for dtype in ("float16", "bfloat16", "float32", "float64"):
+            safetensors.numpy.save_file({"logits": array, "targets": y}, tmp_path / "x.safetensors")
+            convert(tmp_path / "x.safetensors", tmp_path / f"new.{target}", dtype=dtype, block_mib=1)
+            (found,) = find(tmp_path / f"new.{target}", "logits")
+            expected = array.astype(np.float64).astype(getattr(ml_dtypes, dtype, dtype))
+            assert found.dtype_name == dtype
+            assert read(found).tobytes() == expected.tobytes(), source
+            assert found.shape == x.shape
+
+
+def test_convert_of_targets_alone(tmp_path, rows):
+    np.save(tmp_path / "y.npy", rows[1])
+    for target in ("safetensors", "parquet"):
+        convert(tmp_path / "y.npy", tmp_path / f"y.{target}")
+        np.testing.assert_array_equal(arrays(tmp_path / f"y.{target}")["targets"], rows[1])
+
+
+def test_convert_says_what_it_cannot_do(tmp_path, rows):
+    np.save(tmp_path / "x.npy", rows[0] * 1e5)
+    np.save(tmp_path / "y.npy", rows[1][:-1])
+    for target, options, message in [
+        ("x.txt", {}, r"target: expected a name that ends in \.npy"),
+        ("x.kld", {"dtype": "float32"}, "dtype: expected one of float16"),
+        ("z.npy", {"dtype": "int8"}, "dtype: expected one of float16"),
+        ("z.npy", {"block_mib": 0}, "block_mib: expected at least 1"),
+        ("z.npy", {"dtype": "float16"}, r"x\.npy: expected numbers that float16 holds, got -695\d+"),
+        ("z.npy", {"targets": tmp_path / "y.npy"}, r"y\.npy: expected one target for each row"),
+        ("z.arrow", {"dtype": "bfloat16"}, r"x\.npy: expected a dtype that Arrow has"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "x.npy", tmp_path / target, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "y.npy"}
+
+
+def test_convert_reads_a_block_at_a_time(tmp_path):
+    x = np.zeros((20_000, 400), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    for target in ("safetensors", "arrow", "npy"):
+        tracemalloc.start()
+        convert(tmp_path / "x.npy", tmp_path / f"y.{target}", block_mib=1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < x.nbytes / 4
+
+
+def test_convert_on_the_command_line(tmp_path, capsys):
+    content = kld_file(64, 901, kld_chunks(np.random.default_rng(5), 64, 901, 3))
+    (tmp_path / "base.kld").write_bytes(content[:-5])
+    assert cli.main(["convert", f"{tmp_path}/base.kld", f"{tmp_path}/x.npy", "--dtype", "float16"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path}/x.npy\n{tmp_path}/x.targets.npy\n"
+    assert "base.kld: truncated: 2 of 3 chunks are whole" in said.err
+    assert np.load(tmp_path / "x.npy").dtype == np.float16
+    assert cli.main(["convert", f"{tmp_path}/no.npy", f"{tmp_path}/x.npy"]) == 3
+    assert cli.main(["convert", f"{tmp_path}/base.kld", f"{tmp_path}/x.txt"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "suffix", "install"),
+    [
+        ("pyarrow", "arrow", "'fastce[arrow]'"),
+        ("h5py", "h5", "'fastce[hdf5]'"),
+        ("zarr", "zarr", "'fastce[zarr]'"),
+        ("torch", "pt", "torch"),
+    ],
+)
+def test_a_missing_library_is_named(tmp_path, rows, monkeypatch, module, suffix, install):
+    path = tmp_path / f"x.{suffix}"
+    SAVE[suffix](path, *rows)
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError) as caught:
+        find(path, "logits")
+    assert str(caught.value).startswith(f"{path}: needs {module}, which cannot be imported")
+    assert str(caught.value).endswith(f"python -m pip install {install}")

@@ -61,11 +61,13 @@ def score_files(
     Parameters
     ----------
     logits : path, pattern, or sequence of them
-        `.npy` files of float16, float32 or float64 in C order, all of one dtype and number of classes,
-        of shape (n_rows, n_classes) or with two leading axes, whose rows are then taken in order. The
-        files a pattern matches are taken in natural order: logits-2 before logits-10.
+        Arrays of float16, bfloat16, float32 or float64, all of one dtype and number of classes, of
+        shape (n_rows, n_classes) or with two leading axes, whose rows are then taken in order. The
+        files a pattern matches are taken in natural order: logits-2 before logits-10. Files are
+        `.npy`, `.npz`, `.safetensors`, llama.cpp's `.kld`, Arrow, Parquet, HDF5, Zarr or torch's;
+        ``FILE::NAME`` is one array of a file.
     targets : path, pattern, or sequence of them
-        `.npy` files of integer class ids: one for all the logits files' rows in order, or one for each
+        Files of integer class ids: one for all the logits files' rows in order, or one for each
         logits file; flat, or of the logits' leading axes.
     ignore_index : int or None, default -100
         Rows with this target are not scored.

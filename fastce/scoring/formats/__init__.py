@@ -1,8 +1,9 @@
 """The formats of files: which one a file has, what arrays are in it, and readers of their rows.
 
-Headers are hostile input: nothing is unpickled, what they declare must agree with the file's size
-before anything of that size is allocated, and what is refused is refused by the file's name. Data are
-read into memory of our own, not mapped: a file cut short under a map kills the process.
+Headers are hostile input: nothing is unpickled (torch's own files excepted, by torch, and tensors
+alone), what they declare must agree with the file's size before anything of that size is allocated,
+and what is refused is refused by the file's name. Data are read into memory of our own, not mapped: a
+file cut short under a map kills the process. What libraries parse is as safe as they are.
 
 A format is a module with two functions: ``sources(path, status)``, the arrays in a file by their
 headers alone, and ``open_reader(source)``.
@@ -16,12 +17,23 @@ import importlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from fastce.scoring.formats.base import InputError, Kind, Reader, Source, read_head, regular_file
 
-__all__ = ["InputError", "Kind", "Paths", "Reader", "Source", "find", "open_source", "sources_of"]
+__all__ = [
+    "InputError",
+    "Kind",
+    "Paths",
+    "Reader",
+    "Source",
+    "find",
+    "open_source",
+    "own_targets",
+    "sources_of",
+]
 
 #: A path, a pattern, or several of them; FILE::NAME names one array of a file.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -62,6 +74,8 @@ _ROLES = {
     "mask": (_MASK_DTYPES, ("mask", "attention_mask")),
     "lengths": (_TARGETS_DTYPES, ("lengths",)),
 }
+#: What names say of the numbers of logits.
+_KINDS: dict[str, Kind] = {"logprobs": "logprobs", "log_probs": "logprobs", "probs": "probs"}
 Role = Literal["logits", "targets", "mask", "lengths"]
 
 
@@ -133,6 +147,13 @@ def find(paths: Paths, role: Role, *, bfloat16: bool = False) -> list[Source]:
     return found
 
 
+def own_targets(logits: Source) -> Source | None:
+    """Return the targets that are in the same file under a usual name, if one alone is."""
+    dtypes, usual_names = _ROLES["targets"]
+    found = [s for s in sources_of(logits.path) if s.name in usual_names and s.dtype_name in dtypes]
+    return found[0] if len(found) == 1 else None
+
+
 def _expand(pattern: str) -> list[Path]:
     if not glob.has_magic(pattern) or Path(pattern).exists():
         return [Path(pattern)]
@@ -174,6 +195,8 @@ def _choose(path: Path, name: str | None, role: Role, bfloat16: bool) -> list[So
                 f"name one as {path}::{fitting[0].name}"
             )
         fitting = usual
+    if role == "logits":
+        fitting = [replace(s, kind=s.kind or _KINDS.get(s.name or "")) for s in fitting]
     return fitting
 
 

@@ -7,9 +7,10 @@ the batches before them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,3 +202,45 @@ class _ColumnReader(FileReader):
                 )
         numbers = column.flatten().to_numpy(zero_copy_only=False)
         return np.asarray(numbers).reshape(len(column), n_classes)
+
+
+@contextmanager
+def batch_writer(
+    path: Path, file: BinaryIO, columns: dict[str, tuple[str, tuple[int, ...]]]
+) -> Iterator[Callable[[dict[str, NDArray[Any]]], None]]:
+    """Give a function that appends a batch of rows to a new file: Parquet by its name, else Arrow.
+
+    Parameters
+    ----------
+    path : path
+        By whose suffix the format is chosen.
+    file : binary file
+        Empty, and open for writing; it is left open.
+    columns : dict
+        Of each column its dtype's name and the shape of a row: () for numbers, (n,) for lists.
+    """
+    pa = _pyarrow(path)
+    types = {name: _type(pa, dtype, shape) for name, (dtype, shape) in columns.items()}
+    schema = pa.schema(types)
+    if path.suffix.lower() == ".parquet":
+        # what is tried for numbers that repeat only costs time with those of logits
+        writer = pa.parquet.ParquetWriter(file, schema, use_dictionary=False)
+    else:
+        writer = pa.ipc.new_file(file, schema)
+
+    def write(block: dict[str, NDArray[Any]]) -> None:
+        made = [_column(pa, block[name], type_) for name, type_ in types.items()]
+        writer.write_batch(pa.record_batch(made, schema=schema))
+
+    with writer:
+        yield write
+
+
+def _type(pa: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    element = pa.from_numpy_dtype(np.dtype(dtype))
+    return pa.list_(element, *shape) if shape else element
+
+
+def _column(pa: Any, rows: NDArray[Any], type_: Any) -> Any:
+    flat = pa.array(rows.reshape(-1))
+    return flat if rows.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, type=type_)
