@@ -40,6 +40,7 @@ _EPILOGUE = """Examples:
     fastce score base.kld --fail-if 'ppl>12'
     fastce score 'logits-*.npy' --targets targets.npy --out scores --dask local:4
     fastce compare base.npy quantised.npy --targets targets.npy
+    fastce convert base.kld base.safetensors
     fastce doctor
     fastce bench --dtypes float32,float64 -o json > bench.json
     fastce bench --compare bench.json
@@ -126,8 +127,8 @@ def score(
         Files of float16, bfloat16, float32 or float64, rows by classes, or quoted patterns of them
         (whose files are taken in natural order). Give them before the options.
     targets
-        Files of integer class ids: one for all the rows in order, or one for each logits file. A .kld
-        file holds its own.
+        Files of integer class ids: one for all the rows in order, or one for each logits file. Default:
+        those in the same file, as a .kld file has them.
     out
         Folder for the losses of each row (NAME.loss.npy), figures.json, and what resuming needs.
     format_
@@ -402,6 +403,53 @@ def compare(
     for message in messages:
         terminal.say(f"fastce: gate failed: {message}")
     return _GATE if messages else 0
+
+
+@app.command
+def convert(
+    source: str,
+    target: Path,
+    /,
+    *,
+    targets: str | None = None,
+    dtype: str | None = None,
+    block_mib: int = 64,
+    quiet: bool = False,
+) -> int:
+    """Write logits, and their targets, to a file of another format.
+
+    Parameters
+    ----------
+    source
+        A file of any format that is scored; FILE::NAME is one array of a file.
+    target
+        A name that ends in .npy, .safetensors, .kld, .arrow or .parquet.
+    targets
+        A file of class ids to write with the logits. Default: those in the source, as a .kld file has
+        them.
+    dtype
+        float16, bfloat16, float32 or float64. Default: that of the source.
+    block_mib
+        MiB of logits in memory at a time.
+    quiet
+        Show no progress.
+    """
+    from fastce import terminal
+    from fastce.scoring.convert import convert as convert_file
+
+    with terminal.progress("converting", quiet=quiet) as show:
+        written = convert_file(
+            source,
+            target,
+            targets=targets,
+            dtype=dtype,
+            block_mib=block_mib,
+            progress=lambda done, total: show(done, total, f"{done:,} rows"),
+            on_note=lambda note: terminal.say(f"fastce: warning: {note}"),
+        )
+    for path in written:
+        print(path)
+    return 0
 
 
 @app.command

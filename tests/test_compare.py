@@ -9,10 +9,12 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fastce
 from fastce.cli import main
 from fastce.scoring import CompareProgress, InputError, compare_files, formats
+from fastce.scoring.convert import convert
 from fastce.scoring.formats import npy
 
 N_ROWS, N_CLASSES = 1_237, 11
@@ -464,12 +466,26 @@ def test_logprobs_are_taken_as_they_are_for_losses(logprobs, rows, monkeypatch):
         assert getattr(found, name) == getattr(as_logits, name)
 
 
-def test_targets_in_base_are_found(logprobs, monkeypatch):
+def test_targets_in_base_are_found(tmp_path, logprobs):
+    y = np.load(logprobs / "y.npy")
+    arrays = {"logits": np.load(logprobs / "p.npy"), "labels": y}
+    safetensors.numpy.save_file(arrays, tmp_path / "p.safetensors")
     given = compare_files(*(logprobs / f"{name}.npy" for name in "pqy"))
-    fake_kinds(monkeypatch, p={"format": "kld"})
-    found = compare_files(logprobs / "p.npy", logprobs / "q.npy")
+    found = compare_files(tmp_path / "p.safetensors", logprobs / "q.npy")
     assert found.perplexity == given.perplexity
-    assert [source.path for source in found.targets] == [str(logprobs / "y.npy")]
+    assert [source.path for source in found.targets] == [f"{tmp_path / 'p.safetensors'}::labels"]
+
+
+def test_kld_files_of_both(tmp_path, logprobs):
+    for name in "pq":
+        source, targets = logprobs / f"{name}.npy", logprobs / "y.npy"
+        convert(source, tmp_path / f"{name}.kld", targets=targets)
+    found = compare_files(tmp_path / "p.kld", tmp_path / "q.kld")
+    given = compare_files(*(logprobs / f"{name}.npy" for name in "pqy"))
+    # 65535 steps over 16 nats: off by up to 1.3e-4 each
+    assert found.kl.mean.value == pytest.approx(given.kl.mean.value, rel=1e-3)
+    assert found.perplexity.ratio.value == pytest.approx(given.perplexity.ratio.value, rel=1e-3)
+    assert found.same_top.value == pytest.approx(given.same_top.value, abs=2e-3)
 
 
 def test_probabilities_are_refused_and_kinds_not_mixed(logprobs, monkeypatch):

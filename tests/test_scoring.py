@@ -248,7 +248,7 @@ HOSTILE = {
     "Python 2": (header(shape="(2L, 3)") + DATA, "valid .npy header"),
     "code": (header(shape="(print(1), 3)") + DATA, "valid .npy header"),
     "version 9": (b"\x93NUMPY\x09\x00" + header()[8:] + DATA, "format 1.0, 2.0 or 3.0"),
-    "not npy": (b"PK\x03\x04" + DATA, "expected a .npy file"),
+    "not npy": (b"GIF89a" + DATA, "expected a .npy file"),
     "empty": (b"", "expected a .npy file"),
 }
 

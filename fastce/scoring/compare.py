@@ -20,7 +20,7 @@ from fastce.kernels import widened
 from fastce.scoring import comparison, llama
 from fastce.scoring.comparison import Comparison, RowValues, WorstRow
 from fastce.scoring.figures import Run
-from fastce.scoring.formats import InputError, Paths, Source, open_source
+from fastce.scoring.formats import InputError, Paths, Source, open_source, own_targets
 from fastce.scoring.records import input_of
 from fastce.scoring.runner import versions
 from fastce.scoring.scorer import kept_rows
@@ -118,8 +118,8 @@ def compare_files(
         may be of different dtypes, and cut into files differently.
     targets : path, pattern, or sequence of them, optional
         Integer class ids: one file for all of base's rows in order, or one for each of base's files.
-        Default: those that base's files hold, if they are `.kld` files; else what needs targets is
-        left out, and no row is.
+        Default: those that base's files hold themselves, as `.kld` files do; else what needs targets
+        is left out, and no row is.
     ignore_index : int or None, default -100
         Rows with this target are left out of every figure.
     vocab : int, optional
@@ -176,9 +176,8 @@ def compare_files(
     """
     _check_options(vocab, worst, block_mib)
     sources = find_logits(base)
-    if targets is None and sources and all(source.format == "kld" for source in sources):
-        targets = base
-    shards = [] if targets is None else find_shards(base, targets)
+    known = targets is not None or (sources and all(own_targets(source) for source in sources))
+    shards = find_shards(base, targets) if known else []
     if llama_compat and not shards:
         raise ValueError("targets: llama_compat needs them, and none were given")
     dumps = _dumps(sources, find_logits(other), vocab)

@@ -87,7 +87,8 @@ def score_files(
         array of a file that has several. Formats: see the README.
     targets : path, pattern, or sequence of them, optional
         Arrays of integer class ids: one for all the logits files' rows in order, or one for each logits
-        file; flat, or of the logits' leading axes. Default: those that a ``.kld`` file holds itself.
+        file; flat, or of the logits' leading axes. Default: those in the same file, as a
+        ``.kld`` file has them.
     mask : path, pattern, or sequence of them, optional
         As targets, of integers or bool: rows where it is 0 are not scored.
     ignore_index : int or None, default -100

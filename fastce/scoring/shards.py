@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastce.scoring.formats import InputError, Paths, Source, find, open_source
+from fastce.scoring.formats import InputError, Paths, Source, find, open_source, own_targets
 from fastce.scoring.scorer import Options
 
 # A part has about so many bytes of logits: what is read again at most after a kill, and small beside
@@ -98,11 +98,8 @@ def find_shards(
     xs = find_logits(logits, bfloat16=bfloat16)
     if not xs:
         raise ValueError("logits: expected at least one file, got none")
-    if targets is None:
-        if any(x.format != "kld" for x in xs):
-            raise ValueError("targets: expected files of class ids; only .kld files hold their own")
-        targets = list(dict.fromkeys(str(x.path) for x in xs))
-    first_and_targets = _along(xs, find(targets, "targets"), "targets")
+    ys = _own_targets(xs) if targets is None else find(targets, "targets")
+    first_and_targets = _along(xs, ys, "targets")
     masks = [None] * len(xs) if mask is None else [m for m, _ in _along(xs, find(mask, "mask"), "mask")]
     return [
         Shard(name, x, y, m, first)
@@ -116,6 +113,16 @@ def find_logits(paths: Paths, *, bfloat16: bool = False) -> list[Source]:
     for x in xs:
         _check_logits(x, xs[0])
     return xs
+
+
+def _own_targets(xs: list[Source]) -> list[Source]:
+    found = []
+    for x in xs:
+        y = own_targets(x)
+        if y is None:
+            raise ValueError(f"targets: expected files of class ids, as {x.path} holds none itself")
+        found.append(y)
+    return found
 
 
 def _check_logits(x: Source, first: Source) -> None:

@@ -1,8 +1,9 @@
 """The formats of files: which one a file has, what arrays are in it, and readers of their rows.
 
-Headers are hostile input: nothing is unpickled, what they declare must agree with the file's size
-before anything of that size is allocated, and what is refused is refused by the file's name. Data are
-read into memory of our own, not mapped: a file cut short under a map kills the process.
+Headers are hostile input: nothing is unpickled (torch's own files excepted, by torch, and tensors
+alone), what they declare must agree with the file's size before anything of that size is allocated,
+and what is refused is refused by the file's name. Data are read into memory of our own, not mapped: a
+file cut short under a map kills the process. What libraries parse is as safe as they are.
 
 A format is a module with two functions: ``sources(path, status)``, the arrays in a file by their
 headers alone, and ``open_reader(source)``.
@@ -16,19 +17,51 @@ import importlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from fastce.scoring.formats.base import InputError, Kind, Reader, Source, read_head, regular_file
 
-__all__ = ["InputError", "Kind", "Paths", "Reader", "Source", "find", "open_source", "sources_of"]
+__all__ = [
+    "InputError",
+    "Kind",
+    "Paths",
+    "Reader",
+    "Source",
+    "find",
+    "open_source",
+    "own_targets",
+    "sources_of",
+]
 
 #: A path, a pattern, or several of them; FILE::NAME names one array of a file.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: How a file starts, or how its name ends, and the module that reads it.
-_MAGIC = {b"\x93NUMPY": "npy"}
-_SUFFIXES: dict[str, str] = {}
+_MAGIC = {
+    b"\x93NUMPY": "npy",
+    b"_logits_": "kld",
+    b"PK\x03\x04": "npz",
+    b"ARROW1": "arrow",
+    b"PAR1": "arrow",
+    b"\x89HDF\r\n\x1a\n": "hdf5",
+}
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".kld": "kld",
+    ".npz": "npz",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".parquet": "arrow",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".pt": "torch",
+    ".pth": "torch",
+}
+
+#: Longer names, or such that steer a terminal, are not of people's arrays.
+_MAX_NAME = 1000
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _TARGETS_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -41,16 +74,39 @@ _ROLES = {
     "mask": (_MASK_DTYPES, ("mask", "attention_mask")),
     "lengths": (_TARGETS_DTYPES, ("lengths",)),
 }
+#: What names say of the numbers of logits.
+_KINDS: dict[str, Kind] = {"logprobs": "logprobs", "log_probs": "logprobs", "probs": "probs"}
 Role = Literal["logits", "targets", "mask", "lengths"]
 
 
 def sources_of(path: Path) -> list[Source]:
     """Return every array of a file, from its header."""
-    status = regular_file(path)
-    head = read_head(path, 8)
+    if _is_zarr(path):
+        format_, status = "zarr", path.stat()
+    else:
+        status = regular_file(path)
+        format_ = _format_of(path)
+    found: list[Source] = importlib.import_module(f"{__name__}.{format_}").sources(path, status)
+    for name in [source.name for source in found if source.name is not None]:
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise InputError(
+                f"{path}: expected names of at most {_MAX_NAME} printable characters, got {name!r:.100}"
+            )
+    return found
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.is_dir() and any(
+        (path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")
+    )
+
+
+def _format_of(path: Path) -> str:
+    head = read_head(path, 256)
+    if head.startswith(b"PK") and b"/data.pkl" in head:  # the first member of a file of torch.save
+        return "torch"
     by_suffix = _SUFFIXES.get(path.suffix.lower(), "npy")
-    format_ = next((f for magic, f in _MAGIC.items() if head.startswith(magic)), by_suffix)
-    return list(importlib.import_module(f"{__name__}.{format_}").sources(path, status))
+    return next((f for magic, f in _MAGIC.items() if head.startswith(magic)), by_suffix)
 
 
 def open_source(source: Source) -> Reader:
@@ -89,6 +145,13 @@ def find(paths: Paths, role: Role, *, bfloat16: bool = False) -> list[Source]:
         for path in _expand(pattern):
             found.extend(_choose(path, name or None, role, bfloat16))
     return found
+
+
+def own_targets(logits: Source) -> Source | None:
+    """Return the targets that are in the same file under a usual name, if one alone is."""
+    dtypes, usual_names = _ROLES["targets"]
+    found = [s for s in sources_of(logits.path) if s.name in usual_names and s.dtype_name in dtypes]
+    return found[0] if len(found) == 1 else None
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -132,11 +195,14 @@ def _choose(path: Path, name: str | None, role: Role, bfloat16: bool) -> list[So
                 f"name one as {path}::{fitting[0].name}"
             )
         fitting = usual
+    if role == "logits":
+        fitting = [replace(s, kind=s.kind or _KINDS.get(s.name or "")) for s in fitting]
     return fitting
 
 
 def _matches(source: Source, name: str) -> bool:
-    return source.name is not None and fnmatch.fnmatchcase(source.name, name)
+    # a name may hold brackets, which mean something in a pattern
+    return source.name is not None and (source.name == name or fnmatch.fnmatchcase(source.name, name))
 
 
 def _list(sources: Sequence[Source]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +18,12 @@ from numpy.typing import NDArray
 
 #: What the numbers of an array of logits are.
 Kind = Literal["logits", "logprobs", "probs"]
+
+
+#: How many times as long as in the file an array may be, beyond so many bytes: what is deflated grows
+#: no more, and other compressors do so only of arrays that say nothing.
+_MAX_RATIO = 1032
+_EXPANSION_BYTES = 2**28
 
 
 class InputError(ValueError):
@@ -90,6 +99,69 @@ def read_head(path: Path, n_bytes: int) -> bytes:
             return file.read(n_bytes)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_expansion(label: str, what: str, n_bytes: int, stored: int) -> None:
+    """Refuse what a library would make of a file, if it is far more than compression explains."""
+    if n_bytes > _MAX_RATIO * stored + _EXPANSION_BYTES:
+        raise InputError(
+            f"{label}: expected {what} of at most {_MAX_RATIO} times the {stored} bytes of the file, "
+            f"got {n_bytes} bytes; save the array without compression"
+        )
+
+
+def library(module: str, path: Path, install: str) -> Any:
+    """Import the library that reads a format."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{path}: needs {module.partition('.')[0]}, which cannot be imported ({error}); "
+            f"python -m pip install {install}"
+        ) from error
+
+
+@contextmanager
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library says of a malformed file into our error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: expected a valid {what}, got one that fails: {said:.200}") from error
+
+
+def selections(
+    axes: tuple[int, ...], first_row: int, rows: NDArray[Any]
+) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any]]]:
+    """Yield indices of an array that select rows, counted over its leading axes, and where they go.
+
+    What an index selects is of the shape of the part of ``rows`` that comes with it.
+    """
+    for index, first, n in _leading(axes, first_row, len(rows)):
+        part = rows[first - first_row : first - first_row + n]
+        yield index, part.reshape(-1, *axes[len(index) :], *rows.shape[1:])
+
+
+def _leading(
+    axes: tuple[int, ...], first: int, n: int
+) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
+    if len(axes) == 1:
+        yield (slice(first, first + n),), first, n
+        return
+    inner = math.prod(axes[1:])
+    while n:
+        i, j = divmod(first, inner)
+        if j == 0 and n >= inner:
+            taken = n // inner * inner
+            yield (slice(i, i + n // inner),), first, taken
+        else:
+            taken = min(inner - j, n)
+            for rest, at, m in _leading(axes[1:], j, taken):
+                yield (i, *rest), first - j + at, m
+        first, n = first + taken, n - taken
 
 
 class FileReader:
