@@ -1,8 +1,12 @@
 """Dask: a real scheduler and workers on loopback, workers killed, bits compared; and dask arrays."""
 
+import json
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import dask.array as da
@@ -74,6 +78,48 @@ def test_killed_workers_change_no_bit(tmp_path, dump, executor, seed):
 
     many = fastce.score_files(*dump, out=tmp_path / "many", executor=executor, progress=kill)
     assert len(killed) == 2
+    assert many == one
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Start a scheduler and three workers as the README does; return its address and the workers."""
+    address_file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "dask"]
+    here = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0"]
+    scheduler = subprocess.Popen([*dask, "scheduler", *here, "--scheduler-file", address_file], **quiet)
+    workers = [
+        subprocess.Popen(
+            [*dask, "worker", "--scheduler-file", address_file, "--nthreads", "1"]
+            + ["--no-dashboard", "--no-nanny", "--local-directory", str(tmp_path)],
+            **quiet,
+        )
+        for _ in range(3)
+    ]
+    while not address_file.exists() or not address_file.read_text():
+        assert scheduler.poll() is None
+        time.sleep(0.1)
+    yield json.loads(address_file.read_text())["address"], workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+
+
+def test_a_real_cluster_loses_workers_but_no_row(tmp_path, dump, cluster):
+    address, workers = cluster
+    one = fastce.score_files(*dump, out=tmp_path / "one")
+    victims = [workers[0], workers[1]]  # nobody starts them again
+
+    def kill(at):
+        if victims and at.rows_done > N_ROWS * (3 - len(victims)) // 4:
+            victims.pop().kill()
+
+    with cluster_executor(address) as executor:
+        executor._client.wait_for_workers(3, timeout=60)
+        many = fastce.score_files(*dump, out=tmp_path / "many", executor=executor, progress=kill)
+    assert not victims
     assert many == one
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
 
