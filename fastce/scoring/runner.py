@@ -205,7 +205,7 @@ def score_files(
     seconds = time.perf_counter() - started
     figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
     if job.folder is not None and len(job.found) == len(parts):
-        records.finish(job.folder, job.plan, figures, [job.folder] * len(parts))
+        records.finish(job.folder, job.plan, [job.found[i] for i in sorted(job.found)], figures)
     n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
     return replace(
         figures,
@@ -235,7 +235,7 @@ class _Job:
         self.options = options
         self.settings = settings
         self.folder = folder
-        self.keys = [part.key(options, settings.backend, settings.isa, __version__) for part in parts]
+        self.keys = [part.key(options, about["by"]) for part in parts]
         self.plan = records.make_plan(parts, self.keys, **about)
         self.found: dict[int, dict[str, Any]] = {}  # records, by the number of the part
         self.before: set[int] = set()
@@ -248,6 +248,7 @@ class _Job:
         if self.folder is None:
             return
         self.folder.make()
+        self.folder.remove_abandoned()
         self.folder.write_plan(self.plan)
         if resume:
             for i in self.todo:
@@ -417,6 +418,9 @@ def _score(
             f"(row {part.first_row + row + i} of {shard.logits.label}); "
             f"if it is padding, set the ignore index to {int(y[i])}"
         ) from error
+    except ValueError as error:  # numbers that are no probabilities
+        at = part.first_row + row
+        raise InputError(f"{shard.logits.label}: rows from {at} on: {error}") from error
     return stats, kept_rows(y, options.ignore_index)
 
 

@@ -71,8 +71,8 @@ class Part:
         """The name of its files."""
         return f"{self.shard.name}-{self.first_row:012}"
 
-    def key(self, options: Options, backend: str, isa: str | None, version: str) -> str:
-        """Return a hash of all that its results depend on."""
+    def key(self, options: Options, by: dict[str, Any]) -> str:
+        """Return a hash of all that its results depend on; ``by`` is what computes them."""
         identity = {
             "logits": _identity(self.shard.logits),
             "targets": _identity(self.shard.targets),
@@ -81,7 +81,7 @@ class Part:
             "sequences": self.starts and hashlib.sha256(repr(self.starts).encode()).hexdigest(),
             "shift": self.shift,
             "options": options.as_json(),
-            "by": [backend, isa, version],
+            "by": by,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -162,7 +162,8 @@ def _names(xs: list[Source]) -> list[str]:
         names = [str(x.path.absolute().relative_to(folder).with_suffix("")) for x in xs]
     if len(set(names)) < len(xs):
         names = [f"{name}.{x.name or i}" for i, (name, x) in enumerate(zip(names, xs, strict=True))]
-    return [name.replace("/", "_").replace("\\", "_") for name in names]
+    names = [name.replace("/", "_").replace("\\", "_") for name in names]
+    return names if len(set(names)) == len(xs) else [f"{name}.{i}" for i, name in enumerate(names)]
 
 
 def cut(shards: list[Shard], starts: list[NDArray[np.int64]] | None, *, shift: bool) -> list[Part]:

@@ -108,7 +108,10 @@ class FileReader:
         self.file.seek(offset)
         rest = array.reshape(-1).view(np.uint8).data
         while rest:
-            n_read = self.file.readinto(rest)  # may stop early; Linux does so at 2 GiB
+            try:
+                n_read = self.file.readinto(rest)  # may stop early; Linux does so at 2 GiB
+            except OSError as error:
+                raise InputError(f"{self.source.path}: cannot be read: {error.strerror}") from error
             if not n_read:
                 raise InputError(f"{self.source.path}: was truncated while it was read; run again")
             rest = rest[n_read:]
