@@ -33,7 +33,7 @@ from fastce.scoring.exact import ExactSums
 from fastce.scoring.figures import Figures, Input, Tally
 from fastce.scoring.formats import InputError, Source
 from fastce.scoring.formats.npy import NpyWriter
-from fastce.scoring.shards import Part
+from fastce.scoring.shards import Part, Shard
 
 _SCHEMA_VERSION = 1
 
@@ -173,9 +173,10 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         file.write(_as_json(values))
 
 
-def make_plan(parts: Sequence[Part], keys: Sequence[str], **about: Any) -> dict[str, Any]:
+def make_plan(
+    shards: Sequence[Shard], parts: Sequence[Part], keys: Sequence[str], **about: Any
+) -> dict[str, Any]:
     """Return what is to be done, as JSON values: enough to finish without the inputs."""
-    shards = list(dict.fromkeys(part.shard for part in parts))
     sources = [source for s in shards for source in (s.logits, s.targets, s.mask) if source is not None]
     files = {str(s.path.absolute()): {"bytes": s.n_bytes, "mtime_ns": s.mtime_ns} for s in sources}
     return {

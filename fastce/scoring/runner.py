@@ -199,7 +199,7 @@ def score_files(
         "warnings": [*_notes(shards), *_look(parts, options)],
     }
     started = time.perf_counter()
-    job = _Job(parts, options, settings, about, None if out is None else Folder(Path(out)))
+    job = _Job(shards, parts, options, settings, about, None if out is None else Folder(Path(out)))
     job.begin(resume=resume, share=shard)
     job.run(executor, progress)
     seconds = time.perf_counter() - started
@@ -225,6 +225,7 @@ class _Job:
 
     def __init__(
         self,
+        shards: list[Shard],
         parts: list[Part],
         options: Options,
         settings: Settings,
@@ -236,7 +237,7 @@ class _Job:
         self.settings = settings
         self.folder = folder
         self.keys = [part.key(options, about["by"]) for part in parts]
-        self.plan = records.make_plan(parts, self.keys, **about)
+        self.plan = records.make_plan(shards, parts, self.keys, **about)
         self.found: dict[int, dict[str, Any]] = {}  # records, by the number of the part
         self.before: set[int] = set()
         self.todo = list(range(len(parts)))

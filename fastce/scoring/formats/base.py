@@ -101,7 +101,11 @@ class FileReader:
             self.file = source.path.open("rb", buffering=0)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror}") from error
-        self._check_unchanged()
+        try:
+            self._check_unchanged()
+        except InputError:
+            self.file.close()
+            raise
 
     def read_at(self, offset: int, array: NDArray[Any]) -> None:
         """Fill a C-contiguous array with the file's bytes from an offset on."""
