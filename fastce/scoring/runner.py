@@ -117,7 +117,7 @@ def score_files(
         made if it is missing. A file appears there complete or not at all.
     resume : bool, default True
         Take the parts that an earlier run left in ``out`` as done, if it scored the same files with
-        the same options, backend and version.
+        the same options, backend and versions of fastce, NumPy and Python.
     shard : (int, int), optional
         (i, n): score the i-th of n shares of the parts, counted from 1, and leave the rest; needs
         ``out``. `merge` makes the figures of all. The figures returned are those of the share.
@@ -380,14 +380,14 @@ def _read_targets(
 ) -> NDArray[Any]:
     """Return the targets of n rows of a part from one on; those not scored have the ignored id."""
     shard = part.shard
-    first = shard.first_target + part.first_row + row + part.shift
-    n_there = min(n, shard.first_target + shard.n_rows - first)
+    first_in_shard = part.first_row + row + part.shift
+    n_there = min(n, shard.n_rows - first_in_shard)
     y = np.zeros(n, shard.targets.dtype)
-    targets.read_into(first, y[:n_there])
+    targets.read_into(shard.first_target + first_in_shard, y[:n_there])
     kept = np.ones(n, bool)
     if mask is not None and shard.mask is not None:
         m = np.zeros(n, shard.mask.dtype)
-        mask.read_into(first, m[:n_there])
+        mask.read_into(shard.first_mask + first_in_shard, m[:n_there])
         kept &= m != 0
     if part.shift and part.starts is not None:
         lasts = np.asarray(part.starts[1:]) - 1 - row

@@ -30,7 +30,8 @@ class Shard:
     logits: Source
     targets: Source
     mask: Source | None
-    first_target: int  #: row of targets and mask that belongs to the first row
+    first_target: int  #: row of targets that belongs to the first row
+    first_mask: int  #: row of the mask that does
 
     @property
     def n_rows(self) -> int:
@@ -77,7 +78,7 @@ class Part:
             "logits": _identity(self.shard.logits),
             "targets": _identity(self.shard.targets),
             "mask": self.shard.mask and _identity(self.shard.mask),
-            "rows": [self.first_row, self.n_rows, self.shard.first_target],
+            "rows": [self.first_row, self.n_rows, self.shard.first_target, self.shard.first_mask],
             "sequences": self.starts and hashlib.sha256(repr(self.starts).encode()).hexdigest(),
             "shift": self.shift,
             "options": options.as_json(),
@@ -103,10 +104,12 @@ def find_shards(
             raise ValueError("targets: expected files of class ids; only .kld files hold their own")
         targets = list(dict.fromkeys(str(x.path) for x in xs))
     first_and_targets = _along(xs, find(targets, "targets"), "targets")
-    masks = [None] * len(xs) if mask is None else [m for m, _ in _along(xs, find(mask, "mask"), "mask")]
+    masks = [(None, 0)] * len(xs) if mask is None else _along(xs, find(mask, "mask"), "mask")
     return [
-        Shard(name, x, y, m, first)
-        for name, x, (y, first), m in zip(_names(xs), xs, first_and_targets, masks, strict=True)
+        Shard(name, x, y, m, first, first_mask)
+        for name, x, (y, first), (m, first_mask) in zip(
+            _names(xs), xs, first_and_targets, masks, strict=True
+        )
     ]
 
 
@@ -234,10 +237,14 @@ def _starts_of_lengths(shards: list[Shard], paths: Paths) -> list[NDArray[np.int
         arrays.append(array.astype(np.int64))
     label = find(paths, "lengths")[0].label
     all_lengths = np.concatenate(arrays)
-    if len(all_lengths) and all_lengths.min() < 1:
-        raise InputError(f"{label}: expected lengths of at least 1, got {all_lengths.min()}")
     ends = np.concatenate(([0], np.cumsum(all_lengths)))
     total = sum(shard.n_rows for shard in shards)
+    wrong = np.flatnonzero(ends[1:] <= ends[:-1])  # also where the sum leaves int64
+    if len(wrong):
+        raise InputError(
+            f"{label}: expected lengths of at least 1, which sum to the {total} rows, "
+            f"got {all_lengths[wrong[0]]}"
+        )
     if ends[-1] != total:
         raise InputError(f"{label}: expected lengths that sum to the {total} rows, got {ends[-1]}")
     found, first = [], 0
