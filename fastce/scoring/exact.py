@@ -19,6 +19,11 @@ _CHUNK_BITS = 12
 # Beyond this exponent sums of a chunk could overflow; so large numbers are added one by one.
 _LARGEST_EXPONENT = 1000
 
+# Between these the square of a float64 is a float64 and another one, its error; others are squared one
+# by one.
+_SMALLEST_SQUARED = 2.0**-484
+_LARGEST_SQUARED = 2.0**511
+
 
 class ExactSums:
     """Some sums of float64 numbers, exact until they are asked for.
@@ -33,6 +38,7 @@ class ExactSums:
         self._units = [0] * n_sums
         self._nans = [0] * n_sums  # numbers that no sum can hold are counted
         self._infs = [0] * n_sums
+        self._negative_infs = [0] * n_sums
 
     def add(self, values: NDArray[Any], bins: NDArray[np.intp] | None = None) -> None:
         """Add numbers to the sums that ``bins`` says, or all to the first one."""
@@ -65,21 +71,29 @@ class ExactSums:
 
     def _add_special(self, values: NDArray[np.float64], bins: NDArray[np.intp] | None) -> None:
         for i in np.flatnonzero(~np.isfinite(values)):
-            counts = self._nans if math.isnan(values[i]) else self._infs
+            infs = self._infs if values[i] > 0 else self._negative_infs
+            counts = self._nans if math.isnan(values[i]) else infs
             counts[0 if bins is None else bins[i]] += 1
 
     def add_squares(self, values: NDArray[Any]) -> None:
         """Add the squares of numbers to the first sum, without rounding them."""
         wide = values.astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = wide * wide
-            self.add(squares)
-            if values.dtype.itemsize > 4:  # the square of a float32 is a float64
-                high = wide * 134217729.0  # 2**27 + 1 splits a number into halves (Dekker)
-                high -= high - wide
-                low = wide - high
-                errors = ((high * high - squares) + 2 * high * low) + low * low
-                self.add(np.where(np.isfinite(squares), errors, 0.0))
+        if values.dtype.itemsize <= 4:  # the square of a float32 is a float64
+            self.add(wide * wide)
+            return
+        size = np.abs(wide)
+        odd = np.isfinite(size) & (size > 0) & ((size < _SMALLEST_SQUARED) | (size > _LARGEST_SQUARED))
+        for i in np.flatnonzero(odd):
+            self._units[0] += _to_units(float(wide[i])) ** 2 >> _SCALE
+        wide[odd] = 0
+        squares = wide * wide
+        self.add(squares)
+        with np.errstate(invalid="ignore"):  # of infinite numbers, which are counted by now
+            high = wide * 134217729.0  # 2**27 + 1 splits a number into halves (Dekker)
+            high -= high - wide
+            low = wide - high
+            errors = ((high * high - squares) + 2 * high * low) + low * low
+        self.add(np.where(np.isfinite(wide), errors, 0.0))
 
     def merge(self, other: Self) -> None:
         """Add the sums of another one."""
@@ -87,6 +101,7 @@ class ExactSums:
             (self._units, other._units),
             (self._nans, other._nans),
             (self._infs, other._infs),
+            (self._negative_infs, other._negative_infs),
         ):
             for i, n in enumerate(others):
                 mine[i] += n
@@ -94,7 +109,7 @@ class ExactSums:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ExactSums):
             return NotImplemented
-        return (self._units, self._nans, self._infs) == (other._units, other._nans, other._infs)
+        return vars(self) == vars(other)
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -104,14 +119,14 @@ class ExactSums:
 
     def value(self, i: int = 0) -> float:
         """Return one sum, correctly rounded."""
-        if self._nans[i] or self._infs[i]:
-            return math.nan if self._nans[i] else math.inf
-        return _divide(self._units[i], 1 << _SCALE)
+        return self.over(1, i)
 
     def over(self, n: int, i: int = 0) -> float:
         """Return one sum over a whole number, correctly rounded; NaN over 0."""
-        if n == 0 or self._nans[i] or self._infs[i]:
-            return self.value(i) if n else math.nan
+        if n == 0 or self._nans[i] or (self._infs[i] and self._negative_infs[i]):
+            return math.nan
+        if self._infs[i] or self._negative_infs[i]:
+            return math.inf if self._infs[i] else -math.inf
         return _divide(self._units[i], n << _SCALE)
 
     def variance_of_mean(self, squares: ExactSums, n: int) -> float:
@@ -119,16 +134,17 @@ class ExactSums:
 
         The difference of large numbers that this is cannot cancel: both are exact.
         """
-        if n < 2 or self._nans[0] or self._infs[0]:
+        if n < 2 or self._nans[0] or self._infs[0] or self._negative_infs[0]:
             return math.nan
         difference = ((n * squares._units[0]) << _SCALE) - self._units[0] ** 2
         return _divide(difference, (n * n * (n - 1)) << (2 * _SCALE))
 
     def as_json(self) -> list[str]:
         """Return the sums as text, exact: whole numbers times a power of two, as C writes floats."""
+        specials = zip(self._nans, self._infs, self._negative_infs, strict=True)
         return [
-            f"{_hex(units)} {nans} {infs}" if nans or infs else _hex(units)
-            for units, nans, infs in zip(self._units, self._nans, self._infs, strict=True)
+            " ".join([_hex(units), *(map(str, special) if any(special) else ())])
+            for units, special in zip(self._units, specials, strict=True)
         ]
 
     @classmethod
@@ -140,7 +156,7 @@ class ExactSums:
             mantissa, _, exponent = number.partition("p")
             sums._units[i] = int(mantissa, 16) << (int(exponent) + _SCALE)
             if special:
-                sums._nans[i], sums._infs[i] = map(int, special)
+                sums._nans[i], sums._infs[i], sums._negative_infs[i] = map(int, special)
         return sums
 
 
@@ -153,7 +169,7 @@ def _divide(numerator: int, denominator: int) -> float:
     try:
         return numerator / denominator  # of integers: correctly rounded
     except OverflowError:
-        return math.copysign(math.inf, numerator)
+        return math.inf if numerator > 0 else -math.inf
 
 
 def _hex(units: int) -> str:

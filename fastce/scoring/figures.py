@@ -122,8 +122,9 @@ class Figures:
     reliability : tuple of ReliabilityBin
         These bins. Rows that hold NaN are in none.
     loss_histogram : tuple of int
-        Kept rows with a loss in [0, 0.25) nats, [0.25, 0.5), and so on; the last bin is [20, inf],
-        and holds NaN.
+        Kept rows with a loss in [0, 0.25) nats, [0.25, 0.5), and so on; the last bin is [20, inf] and
+        has those that are NaN. Numbers that are no log-probabilities may give negative losses; the
+        first bin has these.
     positions : tuple of PositionBin
         Mean loss by position in the sequence, in bins of position alone up to 7 and of a quarter of
         an octave above; empty if the rows are not known to be sequences.
@@ -237,7 +238,7 @@ class Tally:
             self._sums[name].add(stats[name])
         self._sums["squares"].add_squares(loss)
         last = HISTOGRAM_WIDTH * (HISTOGRAM_BINS - 1)
-        widths = np.clip(np.nan_to_num(loss, nan=last), 0, last) / HISTOGRAM_WIDTH
+        widths = np.where(np.isnan(loss), last, loss.clip(0, last)) / HISTOGRAM_WIDTH
         self._histogram += np.bincount(widths.astype(np.intp), minlength=HISTOGRAM_BINS)
         self._add_to_bins(stats["max_prob"], rank)
         if positions is not None:

@@ -9,16 +9,18 @@ A folder of results has
 
 A file appears under its name complete and on disk, or not at all. Names are the same in each attempt,
 and so are the bytes: a part that is done twice, by two processes or by one that was thought dead,
-changes nothing. A record is trusted if its key is the one expected and the losses have its checksum.
-So it does not matter when and how often a run is killed.
+changes nothing. A record is trusted if no byte of it has changed, its key is the one expected and the
+losses have its checksum. So it does not matter when and how often a run is killed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,14 +28,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastce.scoring.atomic import atomic_file
+from fastce.scoring.atomic import atomic_file, sync_folder
 from fastce.scoring.exact import ExactSums
 from fastce.scoring.figures import Figures, Input, Tally
 from fastce.scoring.formats import InputError, Source
 from fastce.scoring.formats.npy import NpyWriter
-from fastce.scoring.shards import Part
+from fastce.scoring.shards import Part, Shard
 
 _SCHEMA_VERSION = 1
+
+# The names of files that are being written, and the age at which no process writes them any more.
+_UNFINISHED = "*." + "[0-9a-f]" * 32 + ".part"
+_ABANDONED_SECONDS = 24 * 3600
 
 
 class IncompleteError(RuntimeError):
@@ -49,53 +55,73 @@ class Folder:
 
     def make(self) -> None:
         """Make the folder if it is missing."""
-        self.parts.mkdir(parents=True, exist_ok=True)
+        if not self.parts.is_dir():
+            self.parts.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path)
+            sync_folder(self.path.parent)
+
+    def remove_abandoned(self) -> None:
+        """Remove the half-written files that killed runs have left; live ones are younger."""
+        for folder in (self.path, self.parts):
+            for path in folder.glob(_UNFINISHED):
+                with suppress(OSError):  # another process was faster
+                    if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                        path.unlink()
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write what is to be done."""
-        _write_json(self.path / "plan.json", plan)
+        _write_json(self.path / "plan.json", _sealed(plan))
 
     def read_plan(self) -> dict[str, Any]:
         """Return what is to be done."""
-        plan = _read_json(self.path / "plan.json")
+        plan = _read_sealed(self.path / "plan.json")
         if plan is None or plan.get("schema_version") != _SCHEMA_VERSION:
-            raise InputError(f"{self.path}: expected a folder of results, got no readable plan.json")
+            raise InputError(
+                f"{self.path}: expected a folder of results, got no intact plan.json; run again"
+            )
+        for named in (*plan["shards"], *plan["parts"]):
+            if Path(named["name"]).name != named["name"]:
+                raise InputError(f"{self.path / 'plan.json'}: expected names, got {named['name']!r}")
         return plan
 
     @contextmanager
-    def losses(self, name: str) -> Any:
+    def losses(self, name: str) -> Iterator[Any]:
         """Open the file of a part's losses, for writing, and its checksum."""
         with atomic_file(self.parts / f"{name}.npy") as file:
             yield _Hashing(file)
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a part whose losses are on disk."""
-        earlier = _read_json(self.parts / f"{name}.json")
+        path = self.parts / f"{name}.json"
+        earlier = _read_sealed(path)
         if earlier is not None and earlier != record:
             raise RuntimeError(
-                f"{self.parts / name}: two attempts at one part gave different results; "
+                f"{path}: two attempts at one part gave different results; "
                 "this must not happen, please report it"
             )
-        _write_json(self.parts / f"{name}.json", record, indent=None)
+        _write_json(path, _sealed(record))
 
     def read_record(self, name: str, key: str) -> dict[str, Any] | None:
         """Return the record of a part if it can be trusted."""
-        record = _read_json(self.parts / f"{name}.json")
+        record = _read_sealed(self.parts / f"{name}.json")
         if record is None or record.get("key") != key:
             return None
-        return record if self._checksum(name) == record.get("sha256") else None
+        return record if _file_checksum(self.parts / f"{name}.npy") == record["sha256"] else None
 
-    def _checksum(self, name: str) -> str | None:
-        try:
-            with (self.parts / f"{name}.npy").open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return None
-
-    def part_losses(self, name: str) -> NDArray[Any]:
-        """Return the losses of a part."""
-        losses: NDArray[Any] = np.load(self.parts / f"{name}.npy", allow_pickle=False)
+    def part_losses(self, record: dict[str, Any]) -> NDArray[Any]:
+        """Return the losses of a part, which must be those of its record."""
+        path = self.parts / f"{record['name']}.npy"
+        if _file_checksum(path) != record["sha256"]:
+            raise IncompleteError(f"{path}: was changed since it was written; run again")
+        losses: NDArray[Any] = np.load(path, allow_pickle=False)
         return losses
+
+    def copy_part(self, record: dict[str, Any], source: Folder) -> None:
+        """Take the losses and the record of a part from another folder."""
+        losses = source.part_losses(record)
+        with self.losses(record["name"]) as file:
+            NpyWriter(file, losses.shape, losses.dtype).write(losses)
+        self.write_record(record["name"], record)
 
 
 class _Hashing:
@@ -114,25 +140,49 @@ class _Hashing:
         return self._hash.hexdigest()
 
 
-def _write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(values, indent=indent, allow_nan=False).encode() + b"\n")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _file_checksum(path: Path) -> str | None:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
         return None
-    return values if isinstance(values, dict) else None
 
 
-def make_plan(parts: Sequence[Part], keys: Sequence[str], **about: Any) -> dict[str, Any]:
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with a checksum of them all."""
+    return {**values, "checksum": hashlib.sha256(_as_json(values)).hexdigest()}
+
+
+def _read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `_sealed` was given, if no byte of the file has changed."""
+    try:
+        data = path.read_bytes()
+        values = json.loads(data)
+        del values["checksum"]
+        return values if data == _as_json(_sealed(values)) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _as_json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(_as_json(values))
+
+
+def make_plan(
+    shards: Sequence[Shard], parts: Sequence[Part], keys: Sequence[str], **about: Any
+) -> dict[str, Any]:
     """Return what is to be done, as JSON values: enough to finish without the inputs."""
-    shards = list(dict.fromkeys(part.shard for part in parts))
+    sources = [source for s in shards for source in (s.logits, s.targets, s.mask) if source is not None]
+    files = {str(s.path.absolute()): {"bytes": s.n_bytes, "mtime_ns": s.mtime_ns} for s in sources}
     return {
         "schema_version": _SCHEMA_VERSION,
         **about,
+        "files": [{"path": path, **status} for path, status in files.items()],
         "shards": [
             {
                 "name": shard.name,
@@ -179,20 +229,34 @@ def _inputs(plan: dict[str, Any], what: str) -> tuple[Input, ...]:
     return tuple(Input(**{**values, "shape": tuple(values["shape"])}) for values in unique.values())
 
 
-def finish(folder: Folder, plan: dict[str, Any], figures: Figures, sources: Sequence[Folder]) -> None:
-    """Write the losses of each shard, and last the figures; ``sources`` have the parts' files."""
+def finish(
+    folder: Folder, plan: dict[str, Any], found: Sequence[dict[str, Any]], figures: Figures
+) -> None:
+    """Write the losses of each shard, and last the figures, from the parts and their records."""
+    sync_folder(folder.parts)  # a run that was killed may not have come to it
     for i, shard in enumerate(plan["shards"]):
         with atomic_file(folder.path / f"{shard['name']}.loss.npy") as file:
-            writer = NpyWriter(file, tuple(shard["shape"]), np.dtype(shard["loss_dtype"]))
-            for part, source in zip(plan["parts"], sources, strict=True):
-                if part["shard"] == i:
-                    writer.write(source.part_losses(part["name"]))
-    # Without the times of the run: every attempt leaves the same bytes.
-    _write_json(folder.path / "figures.json", figures.as_dict() | {"run": plan["by"]})
+            _write_losses(file, folder, plan, found, i)
+    _write_json(folder.path / "figures.json", _document(plan, figures))
+
+
+def _document(plan: dict[str, Any], figures: Figures) -> dict[str, Any]:
+    """Return what figures.json says: without the times of the run, so that all attempts agree."""
+    return figures.as_dict() | {"run": plan["by"]}
+
+
+def _write_losses(
+    file: Any, folder: Folder, plan: dict[str, Any], found: Sequence[dict[str, Any]], shard: int
+) -> None:
+    about = plan["shards"][shard]
+    writer = NpyWriter(file, tuple(about["shape"]), np.dtype(about["loss_dtype"]))
+    for part, record in zip(plan["parts"], found, strict=True):
+        if part["shard"] == shard:
+            writer.write(folder.part_losses(record))
 
 
 def merge(folders: Sequence[Path], out: Path) -> Figures:
-    """Finish runs over shares of the parts, in one folder or several.
+    """Finish runs over shares of the parts, in one folder or several; ``out`` may be one of them.
 
     Raises
     ------
@@ -209,16 +273,16 @@ def merge(folders: Sequence[Path], out: Path) -> Figures:
                 f"{other.path}: expected a run over the same files with the same options as "
                 f"{given[0].path}, got another plan.json"
             )
-    records, sources, missing = [], [], []
+    found, sources, missing = [], [], []
     for part in plan["parts"]:
-        found = [(r, f) for f in given if (r := f.read_record(part["name"], part["key"])) is not None]
-        if not found:
+        some = [(r, f) for f in given if (r := f.read_record(part["name"], part["key"])) is not None]
+        if not some:
             missing.append(part["name"])
             continue
-        if any(record != found[0][0] for record, _ in found):
+        if any(record != some[0][0] for record, _ in some):
             raise RuntimeError(f"{part['name']}: two folders have different records of this part")
-        records.append(found[0][0])
-        sources.append(found[0][1])
+        found.append(some[0][0])
+        sources.append(some[0][1])
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {len(plan['parts'])} parts are missing, the first is {missing[0]}; "
@@ -227,8 +291,11 @@ def merge(folders: Sequence[Path], out: Path) -> Figures:
     folder = Folder(out)
     folder.make()
     folder.write_plan(plan)
-    figures = figures_of(plan, records)
-    finish(folder, plan, figures, sources)
+    for record, source in zip(found, sources, strict=True):
+        if source.path.resolve() != out.resolve():
+            folder.copy_part(record, source)
+    figures = figures_of(plan, found)
+    finish(folder, plan, found, figures)
     return figures
 
 
@@ -237,7 +304,7 @@ def verify(path: Path) -> list[str]:
 
     The losses of each part must have the record's checksum and exactly the record's sum, every part
     of the plan must be there, the losses of each shard must be those of its parts, the figures those
-    of the records, and the inputs still of the size that was scored.
+    of the records, and the inputs that are still there must be as they were when they were scored.
 
     Raises
     ------
@@ -246,14 +313,14 @@ def verify(path: Path) -> list[str]:
     """
     folder = Folder(path)
     plan = folder.read_plan()
-    wrong, records = [], []
+    wrong, found = [], []
     for part in plan["parts"]:
         record = folder.read_record(part["name"], part["key"])
         if record is None:
             wrong.append(f"parts/{part['name']}: no record that agrees with its losses")
             continue
-        records.append(record)
-        losses = folder.part_losses(part["name"])
+        found.append(record)
+        losses = folder.part_losses(record)
         if len(losses) != part["rows"] or record["tally"]["rows"] != part["rows"]:
             wrong.append(f"parts/{part['name']}: expected {part['rows']} rows, got {len(losses)}")
         sums = ExactSums()
@@ -261,34 +328,28 @@ def verify(path: Path) -> list[str]:
         if sums.as_json()[0] != record["tally"]["sums"]["loss"]:
             wrong.append(f"parts/{part['name']}: the losses do not have the sum of the record")
     if not wrong:
-        wrong += _verify_results(folder, plan, records)
-    for shard in plan["shards"]:
-        for what in ("logits", "targets"):
-            source = Path(shard[what]["path"].partition("::")[0])
-            if source.is_file() and source.stat().st_size != shard[what]["bytes"]:
-                wrong.append(f"{source}: was changed since it was scored")
+        wrong += _verify_results(folder, plan, found)
+    for given in plan["files"]:
+        file = Path(given["path"])
+        if file.is_file():
+            status = file.stat()
+            if (status.st_size, status.st_mtime_ns) != (given["bytes"], given["mtime_ns"]):
+                wrong.append(f"{file}: was changed since it was scored")
     return wrong
 
 
-def _verify_results(folder: Folder, plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    document = _read_json(folder.path / "figures.json")
-    if document is None:
+def _verify_results(folder: Folder, plan: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
+    document = folder.path / "figures.json"
+    if not document.is_file():
         return ["figures.json: missing; run again, or merge"]
     wrong = []
-    expected = figures_of(plan, records).as_dict() | {"run": plan["by"]}
-    if document != json.loads(json.dumps(expected)):
+    if document.read_bytes() != _as_json(_document(plan, figures_of(plan, found))):
         wrong.append("figures.json: not what the records say")
     for i, shard in enumerate(plan["shards"]):
-        losses = [folder.part_losses(part["name"]) for part in plan["parts"] if part["shard"] == i] or [
-            np.empty(0, shard["loss_dtype"])
-        ]
         name = f"{shard['name']}.loss.npy"
-        try:
-            whole = np.load(folder.path / name, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            wrong.append(f"{name}: cannot be read: {error}")
-            continue
-        parts = np.concatenate(losses).tobytes()
-        if whole.shape != tuple(shard["shape"]) or whole.tobytes() != parts:
+        with open(os.devnull, "wb") as nothing:
+            whole = _Hashing(nothing)
+            _write_losses(whole, folder, plan, found, i)
+        if _file_checksum(folder.path / name) != whole.hexdigest():
             wrong.append(f"{name}: not the losses of its parts")
     return wrong

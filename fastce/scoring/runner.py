@@ -118,7 +118,7 @@ def score_files(
         made if it is missing. A file appears there complete or not at all.
     resume : bool, default True
         Take the parts that an earlier run left in ``out`` as done, if it scored the same files with
-        the same options, backend and version.
+        the same options, backend and versions of fastce, NumPy and Python.
     shard : (int, int), optional
         (i, n): score the i-th of n shares of the parts, counted from 1, and leave the rest; needs
         ``out``. `merge` makes the figures of all. The figures returned are those of the share.
@@ -207,13 +207,13 @@ def score_files(
         "warnings": [*_notes(shards), *_look(parts, options)],
     }
     started = time.perf_counter()
-    job = _Job(parts, options, settings, about, None if out is None else Folder(Path(out)))
+    job = _Job(shards, parts, options, settings, about, None if out is None else Folder(Path(out)))
     job.begin(resume=resume, share=shard)
     job.run(executor, progress)
     seconds = time.perf_counter() - started
     figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
     if job.folder is not None and len(job.found) == len(parts):
-        records.finish(job.folder, job.plan, figures, [job.folder] * len(parts))
+        records.finish(job.folder, job.plan, [job.found[i] for i in sorted(job.found)], figures)
     n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
     return replace(
         figures,
@@ -233,6 +233,7 @@ class _Job:
 
     def __init__(
         self,
+        shards: list[Shard],
         parts: list[Part],
         options: Options,
         settings: Settings,
@@ -243,8 +244,8 @@ class _Job:
         self.options = options
         self.settings = settings
         self.folder = folder
-        self.keys = [part.key(options, settings.backend, settings.isa, __version__) for part in parts]
-        self.plan = records.make_plan(parts, self.keys, **about)
+        self.keys = [part.key(options, about["by"]) for part in parts]
+        self.plan = records.make_plan(shards, parts, self.keys, **about)
         self.found: dict[int, dict[str, Any]] = {}  # records, by the number of the part
         self.before: set[int] = set()
         self.todo = list(range(len(parts)))
@@ -256,6 +257,7 @@ class _Job:
         if self.folder is None:
             return
         self.folder.make()
+        self.folder.remove_abandoned()
         self.folder.write_plan(self.plan)
         if resume:
             for i in self.todo:
@@ -386,14 +388,14 @@ def _read_targets(
 ) -> NDArray[Any]:
     """Return the targets of n rows of a part from one on; those not scored have the ignored id."""
     shard = part.shard
-    first = shard.first_target + part.first_row + row + part.shift
-    n_there = min(n, shard.first_target + shard.n_rows - first)
+    first_in_shard = part.first_row + row + part.shift
+    n_there = min(n, shard.n_rows - first_in_shard)
     y = np.zeros(n, shard.targets.dtype)
-    targets.read_into(first, y[:n_there])
+    targets.read_into(shard.first_target + first_in_shard, y[:n_there])
     kept = np.ones(n, bool)
     if mask is not None and shard.mask is not None:
         m = np.zeros(n, shard.mask.dtype)
-        mask.read_into(first, m[:n_there])
+        mask.read_into(shard.first_mask + first_in_shard, m[:n_there])
         kept &= m != 0
     if part.shift and part.starts is not None:
         lasts = np.asarray(part.starts[1:]) - 1 - row
@@ -425,8 +427,9 @@ def _score(
             f"(row {part.first_row + row + i} of {shard.logits.label}); "
             f"if it is padding, set the ignore index to {int(y[i])}"
         ) from error
-    except ValueError as error:  # a negative probability
-        raise InputError(f"{shard.logits.label}: {error}") from error
+    except ValueError as error:  # numbers that are no probabilities
+        at = part.first_row + row
+        raise InputError(f"{shard.logits.label}: rows from {at} on: {error}") from error
     return stats, kept_rows(y, options.ignore_index)
 
 

@@ -244,6 +244,8 @@ def scored_options(options: Options, *, masks: bool) -> Options:
 
 def masked(y: NDArray[Any], kept: NDArray[np.bool_], options: Options) -> NDArray[np.int64]:
     """Return targets with the ignored id where rows are not kept."""
+    if y.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integer class ids, got dtype {y.dtype}")
     if y.dtype == np.uint64:  # beyond int64 they are out of range; they must not come out negative
         y = np.minimum(y, np.uint64(np.iinfo(np.int64).max))
     ignored = np.int64(scored_options(options, masks=True).ignore_index or 0)

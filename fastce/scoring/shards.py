@@ -30,7 +30,8 @@ class Shard:
     logits: Source
     targets: Source
     mask: Source | None
-    first_target: int  #: row of targets and mask that belongs to the first row
+    first_target: int  #: row of targets that belongs to the first row
+    first_mask: int  #: row of the mask that does
 
     @property
     def n_rows(self) -> int:
@@ -71,17 +72,17 @@ class Part:
         """The name of its files."""
         return f"{self.shard.name}-{self.first_row:012}"
 
-    def key(self, options: Options, backend: str, isa: str | None, version: str) -> str:
-        """Return a hash of all that its results depend on."""
+    def key(self, options: Options, by: dict[str, Any]) -> str:
+        """Return a hash of all that its results depend on; ``by`` is what computes them."""
         identity = {
             "logits": _identity(self.shard.logits),
             "targets": _identity(self.shard.targets),
             "mask": self.shard.mask and _identity(self.shard.mask),
-            "rows": [self.first_row, self.n_rows, self.shard.first_target],
+            "rows": [self.first_row, self.n_rows, self.shard.first_target, self.shard.first_mask],
             "sequences": self.starts and hashlib.sha256(repr(self.starts).encode()).hexdigest(),
             "shift": self.shift,
             "options": options.as_json(),
-            "by": [backend, isa, version],
+            "by": by,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -100,10 +101,12 @@ def find_shards(
         raise ValueError("logits: expected at least one file, got none")
     ys = _own_targets(xs) if targets is None else find(targets, "targets")
     first_and_targets = _along(xs, ys, "targets")
-    masks = [None] * len(xs) if mask is None else [m for m, _ in _along(xs, find(mask, "mask"), "mask")]
+    masks = [(None, 0)] * len(xs) if mask is None else _along(xs, find(mask, "mask"), "mask")
     return [
-        Shard(name, x, y, m, first)
-        for name, x, (y, first), m in zip(_names(xs), xs, first_and_targets, masks, strict=True)
+        Shard(name, x, y, m, first, first_mask)
+        for name, x, (y, first), (m, first_mask) in zip(
+            _names(xs), xs, first_and_targets, masks, strict=True
+        )
     ]
 
 
@@ -169,7 +172,8 @@ def _names(xs: list[Source]) -> list[str]:
         names = [str(x.path.absolute().relative_to(folder).with_suffix("")) for x in xs]
     if len(set(names)) < len(xs):
         names = [f"{name}.{x.name or i}" for i, (name, x) in enumerate(zip(names, xs, strict=True))]
-    return [name.replace("/", "_").replace("\\", "_") for name in names]
+    names = [name.replace("/", "_").replace("\\", "_") for name in names]
+    return names if len(set(names)) == len(xs) else [f"{name}.{i}" for i, name in enumerate(names)]
 
 
 def cut(shards: list[Shard], starts: list[NDArray[np.int64]] | None, *, shift: bool) -> list[Part]:
@@ -240,10 +244,14 @@ def _starts_of_lengths(shards: list[Shard], paths: Paths) -> list[NDArray[np.int
         arrays.append(array.astype(np.int64))
     label = find(paths, "lengths")[0].label
     all_lengths = np.concatenate(arrays)
-    if len(all_lengths) and all_lengths.min() < 1:
-        raise InputError(f"{label}: expected lengths of at least 1, got {all_lengths.min()}")
     ends = np.concatenate(([0], np.cumsum(all_lengths)))
     total = sum(shard.n_rows for shard in shards)
+    wrong = np.flatnonzero(ends[1:] <= ends[:-1])  # also where the sum leaves int64
+    if len(wrong):
+        raise InputError(
+            f"{label}: expected lengths of at least 1, which sum to the {total} rows, "
+            f"got {all_lengths[wrong[0]]}"
+        )
     if ends[-1] != total:
         raise InputError(f"{label}: expected lengths that sum to the {total} rows, got {ends[-1]}")
     found, first = [], 0

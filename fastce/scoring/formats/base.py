@@ -173,14 +173,21 @@ class FileReader:
             self.file = source.path.open("rb", buffering=0)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror}") from error
-        self._check_unchanged()
+        try:
+            self._check_unchanged()
+        except InputError:
+            self.file.close()
+            raise
 
     def read_at(self, offset: int, array: NDArray[Any]) -> None:
         """Fill a C-contiguous array with the file's bytes from an offset on."""
         self.file.seek(offset)
         rest = array.reshape(-1).view(np.uint8).data
         while rest:
-            n_read = self.file.readinto(rest)  # may stop early; Linux does so at 2 GiB
+            try:
+                n_read = self.file.readinto(rest)  # may stop early; Linux does so at 2 GiB
+            except OSError as error:
+                raise InputError(f"{self.source.path}: cannot be read: {error.strerror}") from error
             if not n_read:
                 raise InputError(f"{self.source.path}: was truncated while it was read; run again")
             rest = rest[n_read:]
