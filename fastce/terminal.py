@@ -259,7 +259,7 @@ def print_calibration(calibration: Calibration) -> None:
     for name, figures in (("before", before), ("after", after)):
         if figures is not None and any(b.rows for b in figures.reliability):
             console.print(_reliability_table(figures, name))
-    console.print(f"{calibration.status}, {calibration.passes} passes", highlight=False)
+    console.print(f"{calibration.status}; passes over the files: {calibration.passes}")
 
 
 def _calibration_rows(figures: Figures) -> dict[str, str]:
@@ -330,11 +330,11 @@ def _floats_rows(floats: Floats) -> Iterator[tuple[str, str]]:
     if floats.minimum is not None:
         yield "finite numbers", f"{floats.minimum:.6g} to {floats.maximum:.6g}"
     if floats.unused:
+        rest = floats.classes - floats.unused
         yield (
             "never used",
-            f"the last {floats.unused:,} columns: if they are padding, set the vocabulary",
+            f"the last {floats.unused:,} columns; if these are padding, set vocab to {rest}",
         )
-        yield "", f"to {floats.classes - floats.unused}"
     if floats.estimate is not None:
         seconds, memory = floats.estimate.seconds, _bytes(floats.estimate.memory_bytes)
         yield (
