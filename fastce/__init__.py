@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastce.config import show_config
     from fastce.losses import cross_entropy, cross_entropy_with_grad, nll_loss, nll_loss_with_grad
     from fastce.registry import BackendUnavailable, backends, use_backend
-    from fastce.scoring import Scorer, compare_files, score_files
+    from fastce.scoring import Scorer, calibrate_files, compare_files, inspect_files, score_files
     from fastce.stats import row_stats
     from fastce.threads import set_num_threads
 
@@ -31,10 +31,12 @@ __all__ = [
     "binary_cross_entropy_with_grad",
     "binary_cross_entropy_with_logits",
     "binary_cross_entropy_with_logits_with_grad",
+    "calibrate_files",
     "compare_files",
     "cross_entropy",
     "cross_entropy_with_grad",
     "info",
+    "inspect_files",
     "log_softmax",
     "logsumexp",
     "nll_loss",
@@ -56,9 +58,11 @@ _HOMES = {
     "binary_cross_entropy_with_grad": "fastce.binary",
     "binary_cross_entropy_with_logits": "fastce.binary",
     "binary_cross_entropy_with_logits_with_grad": "fastce.binary",
+    "calibrate_files": "fastce.scoring",
     "compare_files": "fastce.scoring",
     "cross_entropy": "fastce.losses",
     "cross_entropy_with_grad": "fastce.losses",
+    "inspect_files": "fastce.scoring",
     "log_softmax": "fastce.activations",
     "logsumexp": "fastce.activations",
     "nll_loss": "fastce.losses",

@@ -41,6 +41,8 @@ _EPILOGUE = """Examples:
     fastce score 'logits-*.npy' --targets targets.npy --out scores --dask local:4
     fastce compare base.npy quantised.npy --targets targets.npy
     fastce convert base.kld base.safetensors
+    fastce calibrate logits.npy --targets targets.npy --plot calibration.png
+    fastce inspect logits.npy targets.npy
     fastce doctor
     fastce bench --dtypes float32,float64 -o json > bench.json
     fastce bench --compare bench.json
@@ -113,6 +115,7 @@ def score(
     block_mib: Annotated[int, Parameter(group=_RUN)] = 64,
     num_threads: Annotated[int | None, Parameter(group=_RUN)] = None,
     backend: Annotated[str | None, Parameter(group=_RUN)] = None,
+    plot: Annotated[Path | None, Parameter(group=_FIGURES)] = None,
     quiet: Annotated[bool, Parameter(group=_RUN)] = False,
 ) -> int:
     """Score files of logits against files of targets.
@@ -175,6 +178,9 @@ def score(
         Default: the cores this process may use; on Dask 1.
     backend
         A name that `fastce doctor` lists. Default: the fastest one here.
+    plot
+        A picture of the figures, .png, .svg or .pdf: reliability, losses, and losses by position
+        where rows are sequences. Needs matplotlib.
     quiet
         Show no progress.
     """
@@ -183,6 +189,7 @@ def score(
     from fastce.scoring.gates import failed, parse_gates
 
     gates = parse_gates(fail_if or [], [field.name for field in fields(Figures)])
+    _check_picture(plot)
     with ExitStack() as stack:
         executor = None
         if dask is not None:
@@ -215,6 +222,7 @@ def score(
             backend=backend,
             progress=terminal.score_progress(show),
         )
+    _plot(plot, figures)
     _print_figures(figures, format_, explain=explain)
     if shard is not None:
         terminal.say(f"fastce: share {shard} is done; when all are: fastce merge {out}")
@@ -453,6 +461,171 @@ def convert(
 
 
 @app.command
+def calibrate(
+    logits: list[str],
+    /,
+    *,
+    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    mask: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    ignore_index: int | None = -100,
+    kind: Literal["logits", "logprobs", "probs"] | None = None,
+    vocab: int | None = None,
+    dtype: str | None = None,
+    seq_len: int | None = None,
+    lengths: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    shift: bool = False,
+    bins: int = 15,
+    format_: Format = "table",
+    plot: Path | None = None,
+    block_mib: int = 64,
+    num_threads: int | None = None,
+    backend: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Find the temperature that fits files of logits best: that of the least mean NLL.
+
+    Prints figures and reliability before and after. Use rows that nothing else will be measured on.
+    Reads the files about 8 times. Exit code 1 if no temperature is best: every target already has the
+    largest logit, or the logits say nothing of the targets.
+
+    Parameters
+    ----------
+    logits
+        Files of logits, or quoted patterns of them, as `fastce score` takes them.
+    targets
+        Files of integer class ids: one for all the rows in order, or one for each logits file.
+    mask
+        Files as targets: rows where they are 0 are not scored.
+    ignore_index
+        Rows with this target are not scored.
+    kind
+        What the numbers are. Default: what the format says, else logits.
+    vocab
+        Use the first so many classes alone: a padded vocabulary.
+    dtype
+        bfloat16, where 16-bit integers are its bits.
+    seq_len
+        Rows of a sequence, for the loss by position. Default: the middle axis of three.
+    lengths
+        Files with the rows of each sequence, in order, where these differ.
+    shift
+        The target of a row is that of the next row, within its sequence.
+    bins
+        Bins of the calibration errors.
+    format_
+        How the figures are printed.
+    plot
+        A picture of them, .png, .svg or .pdf, before and after. Needs matplotlib.
+    block_mib
+        MiB of logits in memory at a time; changes no figure.
+    num_threads
+        Default: the cores this process may use.
+    backend
+        A name that `fastce doctor` lists. Default: the fastest one here.
+    quiet
+        Show no progress.
+    """
+    from fastce import BackendUnavailable, calibrate_files, terminal
+    from fastce.scoring import InputError
+
+    try:
+        _check_picture(plot)
+        with terminal.progress("calibrating", quiet=quiet) as show:
+            found = calibrate_files(
+                logits,
+                targets,
+                mask=mask,
+                ignore_index=ignore_index,
+                kind=kind,
+                vocab=vocab,
+                dtype=dtype,
+                seq_len=seq_len,
+                lengths=lengths,
+                shift=shift,
+                n_bins=bins,
+                block_mib=block_mib,
+                num_threads=num_threads,
+                backend=backend,
+                progress=terminal.calibrate_progress(show),
+            )
+    except InputError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except ValueError as error:
+        return _fail(str(error), _USAGE)
+    except BackendUnavailable as error:
+        return _fail(str(error), _FAILURE)
+    _plot(plot, found.before, found.after)
+    if format_ == "json":
+        _print_json(found.as_dict())
+    else:
+        terminal.print_calibration(found)
+        if found.temperature is not None:
+            print(f"To score with it: fastce score ... --temperature {found.temperature:.7g}")
+    for warning in found.before.warnings:
+        terminal.say(f"fastce: warning: {warning}")
+    if found.status == "undefined":
+        n_kept = found.before.rows - found.before.ignored
+        why = f"{found.before.nonfinite} of {n_kept} losses are NaN or infinite; mask those rows"
+        return _fail(f"no temperature: {why if n_kept else 'no row is scored'}", _BAD_INPUT)
+    if found.status == "separable":
+        return _fail("no temperature is best: every target has the largest logit already", _FAILURE)
+    if found.status == "uninformative":
+        return _fail(
+            "no temperature is best: the NLL falls until rows are uniform; "
+            "do the targets belong to these logits?",
+            _FAILURE,
+        )
+    return 0
+
+
+@app.command
+def inspect(
+    files: list[str],
+    /,
+    *,
+    full: bool = False,
+    dtype: str | None = None,
+    format_: Format = "table",
+    num_threads: int | None = None,
+    backend: str | None = None,
+) -> int:
+    """Say what is in files of logits or targets, and what it looks like.
+
+    Parameters
+    ----------
+    files
+        Files of any format that `fastce score` reads, or quoted patterns of them. Targets beside
+        logits are checked against them.
+    full
+        Read arrays whole. Default: those up to 64 MiB, and samples of larger ones.
+    dtype
+        bfloat16, where 16-bit integers are its bits.
+    format_
+        How it is printed.
+    num_threads
+        For the estimate. Default: the cores this process may use.
+    backend
+        For the estimate. Default: the fastest one here.
+    """
+    from fastce import BackendUnavailable, inspect_files, terminal
+    from fastce.scoring import InputError
+
+    try:
+        found = inspect_files(files, full=full, dtype=dtype, num_threads=num_threads, backend=backend)
+    except InputError as error:
+        return _fail(str(error), _BAD_INPUT)
+    except ValueError as error:
+        return _fail(str(error), _USAGE)
+    except BackendUnavailable as error:
+        return _fail(str(error), _FAILURE)
+    if format_ == "json":
+        _print_json({"arrays": [one.as_dict() for one in found]})
+    else:
+        terminal.print_inspections(found)
+    return 0
+
+
+@app.command
 def demo(folder: Path | None = None, /, *, quiet: bool = False) -> int:
     """Train a small byte-level model on text that comes with Python, and score it.
 
@@ -622,6 +795,20 @@ def _how_to_resume(words: Sequence[str]) -> str:
 def _fail(message: str, code: int) -> int:
     print(f"fastce: {message}", file=sys.stderr)
     return code
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is not None:
+        from fastce.scoring.plots import check_picture
+
+        check_picture(path)
+
+
+def _plot(path: Path | None, figures: Figures, after: Figures | None = None) -> None:
+    if path is not None:
+        from fastce.scoring.plots import plot_figures
+
+        plot_figures(figures, path, after=after)
 
 
 def _print_json(values: dict[str, Any], *, lines: bool = False) -> None:

@@ -17,8 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from fastce.scoring import CompareProgress, Comparison, Figures, Progress
+    from fastce.scoring import (
+        CalibrateProgress,
+        Calibration,
+        CompareProgress,
+        Comparison,
+        Figures,
+        Inspection,
+        Progress,
+    )
     from fastce.scoring.comparison import Estimate
+    from fastce.scoring.inspect import Floats, Integers
 
 # Without a terminal, one line of progress each time this many seconds have passed.
 _LINE_SECONDS = 10.0
@@ -90,6 +99,23 @@ def compare_progress(show: Show) -> Callable[[CompareProgress], None]:
     def on_block(at: CompareProgress) -> None:
         speed = _speed_so_far(started, at.rows_done, at.row_bytes)
         show(at.rows_done, at.rows_total, f"{speed}, mean KLD {at.mean_kl:.6f}")
+
+    return on_block
+
+
+# So many passes a calibration takes, mostly.
+_PASSES = 8
+
+
+def calibrate_progress(show: Show) -> Callable[[CalibrateProgress], None]:
+    """Turn `calibrate_files`' progress into something to show."""
+    started = time.monotonic()
+
+    def on_block(at: CalibrateProgress) -> None:
+        rows = (at.passes - 1) * at.rows_total + at.rows_done
+        speed = _speed_so_far(started, rows, at.row_bytes)
+        text = f"pass {at.passes} at temperature {at.temperature:.6g}, {speed}, about"
+        show(rows, max(_PASSES, at.passes) * at.rows_total, text)
 
     return on_block
 
@@ -243,6 +269,140 @@ def _quantile_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def _percentile_name(percent: float) -> str:
     return "Median" if percent == 50 else f"{percent:.1f}%"
+
+
+def print_calibration(calibration: Calibration) -> None:
+    """Print the figures before and after, and the reliability of both."""
+    console = Console(highlight=False)
+    before, after = calibration.before, calibration.after
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("figure", "before", "after"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    temperature = (
+        "none is best" if calibration.temperature is None else f"{calibration.temperature:.6g}"
+    )
+    if calibration.standard_error is not None:
+        temperature += f" ± {calibration.standard_error:.2g}"
+    table.add_row("temperature", "1", temperature)
+    columns = [_calibration_rows(before), _calibration_rows(after) if after else {}]
+    for name, value in columns[0].items():
+        table.add_row(name, value, columns[1].get(name, ""))
+    console.print(table)
+    for name, figures in (("before", before), ("after", after)):
+        if figures is not None and any(b.rows for b in figures.reliability):
+            console.print(_reliability_table(figures, name))
+    console.print(f"{calibration.status}; passes over the files: {calibration.passes}")
+
+
+def _calibration_rows(figures: Figures) -> dict[str, str]:
+    return {
+        "mean NLL": f"{figures.mean_nll:.6f} ± {figures.standard_error:.6f} nats",
+        "mean entropy": f"{figures.mean_entropy:.6f} nats",
+        "mean confidence": f"{figures.mean_confidence:.2%}",
+        "top-1 accuracy": f"{figures.top_k_accuracy[1]:.2%}",
+        "ECE": f"{figures.ece:.2%}",
+        "MCE": f"{figures.mce:.2%}",
+        "Brier score": f"{figures.brier:.6f}",
+        "rows scored": f"{figures.rows - figures.ignored:,}",
+    }
+
+
+_BAR = 30
+
+
+def _reliability_table(figures: Figures, name: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(f"{name}: bin")
+    for head in ("rows", "confidence", "accuracy"):
+        table.add_column(head, justify="right")
+    table.add_column("█ accuracy, │ confidence", no_wrap=True)
+    for b in figures.reliability:
+        if b.rows:
+            bar = list("█" * round(b.accuracy * _BAR) + "·" * (_BAR - round(b.accuracy * _BAR)))
+            bar[min(int(b.confidence * _BAR), _BAR - 1)] = "│"
+            table.add_row(
+                f"{b.lower:.0%} to {b.upper:.0%}",
+                f"{b.rows:,}",
+                f"{b.confidence:.2%}",
+                f"{b.accuracy:.2%}",
+                "".join(bar),
+            )
+    return table
+
+
+def print_inspections(found: list[Inspection]) -> None:
+    """Print what is in files: a table for each array."""
+    console = Console(highlight=False)
+    for one in found:
+        console.print(f"{one.label} {one.looks_like}", markup=False, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in _inspection_rows(one):
+            table.add_row(name, value)
+        console.print(table)
+
+
+def _inspection_rows(one: Inspection) -> Iterator[tuple[str, str]]:
+    yield "format", f"{one.format}, {_bytes(one.file_bytes)}"
+    yield "array", f"{one.dtype} {one.shape}"
+    if one.kind is not None:
+        yield "holds, as its format says", one.kind
+    if one.note is not None:
+        yield "note", one.note
+    if one.floats is not None:
+        yield from _floats_rows(one.floats)
+    if one.integers is not None:
+        yield from _integers_rows(one.integers)
+
+
+def _floats_rows(floats: Floats) -> Iterator[tuple[str, str]]:
+    yield "read", _share(floats.rows_read, floats.rows, "rows")
+    yield "NaN, inf, -inf", f"{floats.nan:,}, {floats.posinf:,}, {floats.neginf:,}"
+    if floats.minimum is not None:
+        yield "finite numbers", f"{floats.minimum:.6g} to {floats.maximum:.6g}"
+    if floats.unused:
+        rest = floats.classes - floats.unused
+        yield (
+            "never used",
+            f"the last {floats.unused:,} columns; if these are padding, set vocab to {rest}",
+        )
+    if floats.estimate is not None:
+        seconds, memory = floats.estimate.seconds, _bytes(floats.estimate.memory_bytes)
+        yield (
+            "to score it, estimated",
+            f"{_duration(seconds)} and {memory}, by {floats.estimate.backend}",
+        )
+
+
+def _integers_rows(integers: Integers) -> Iterator[tuple[str, str]]:
+    from fastce.scoring.inspect import MAX_DISTINCT
+
+    yield "read", _share(integers.size_read, integers.size, "elements")
+    yield "equal to -100", f"{integers.ignored:,}"
+    if integers.minimum is not None:
+        yield "others", f"{integers.minimum} to {integers.maximum}"
+    more = " or more" if integers.distinct == MAX_DISTINCT else ""
+    yield "distinct", f"{integers.distinct:,}{more}"
+    for i, text in enumerate(integers.fits):
+        yield "" if i else "as targets", text
+
+
+def _share(n: int, total: int, what: str) -> str:
+    if n == total:
+        return f"all {total:,} {what}"
+    return f"a sample: {n:,} of {total:,} {what}; --full reads all"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _number(value: float | None) -> str:

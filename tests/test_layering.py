@@ -36,8 +36,8 @@ ALLOWED = {
     "bench": {"", "bandwidth", "cpu", "registry"},
     "bandwidth": set(),
     "terminal": {"scoring"},
-    "cli": {"BackendUnavailable", "bench", "compare_files", "demo", "interop", "score_files", "scoring"}
-    | {"show_config", "terminal", "__version__"},
+    "cli": {"BackendUnavailable", "bench", "calibrate_files", "compare_files", "demo"}
+    | {"inspect_files", "interop", "score_files", "scoring", "show_config", "terminal", "__version__"},
     "__main__": {"cli"},
 }
 

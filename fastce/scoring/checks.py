@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastce.scoring.formats import Kind
 from fastce.scoring.scorer import Options
 from fastce.stats import row_stats
 
@@ -32,7 +33,7 @@ def looks_wrong(
     return [text for text in found if text is not None]
 
 
-def guess_kind(x: NDArray[np.float64]) -> str:
+def guess_kind(x: NDArray[np.float64]) -> Kind:
     """Return what the numbers of some rows are: logits, logprobs or probs."""
     if not np.isfinite(x.max(axis=1)).all():
         return "logits"
@@ -45,8 +46,17 @@ def guess_kind(x: NDArray[np.float64]) -> str:
 
 def unused_columns(x: NDArray[np.float64]) -> int:
     """Return how many of the last columns are the same in all rows, or -inf."""
-    constant = np.all((x == x[:1]) | np.isneginf(x), axis=0)
-    return int(np.argmin(constant[::-1])) if not constant.all() else 0
+    return unused_tail(used_columns(x, x[0]))
+
+
+def used_columns(x: NDArray[Any], first: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which columns of some rows are neither those of a first row, nor -inf."""
+    return np.asarray(np.any((x != first) & ~np.isneginf(x), axis=0))
+
+
+def unused_tail(used: NDArray[np.bool_]) -> int:
+    """Return how many of the last columns are not used; 0 if none is."""
+    return int(np.argmax(used[::-1]))
 
 
 def _kind(x: NDArray[np.float64], options: Options) -> str | None:

@@ -167,13 +167,100 @@ def score_files(
     >>> round(figures.mean_nll, 6), figures.top_k_accuracy
     (1.41854, {1: 0.5, 5: 1.0})
     """
-    for name, value in (("n_bytes", n_bytes), ("n_words", n_words), ("block_mib", block_mib)):
+    for name, value in (("n_bytes", n_bytes), ("n_words", n_words)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
     if shard is not None and not (out is not None and 1 <= shard[0] <= shard[1]):
         raise ValueError(f"shard: expected (i, n) with 1 <= i <= n, and out; got {shard}, {out}")
+    if executor is not None and num_threads is None:
+        num_threads = 1  # an executor's slots are the parallelism
+    inputs = check_inputs(
+        logits,
+        targets,
+        mask=mask,
+        ignore_index=ignore_index,
+        kind=kind,
+        vocab=vocab,
+        temperature=temperature,
+        dtype=dtype,
+        seq_len=seq_len,
+        lengths=lengths,
+        shift=shift,
+        top_k=top_k,
+        n_bins=n_bins,
+        block_mib=block_mib,
+        num_threads=num_threads,
+        backend=backend,
+    )
+    parts, options, settings = inputs.parts, inputs.options, inputs.settings
+    about = {
+        "options": options.as_json() | {"shift": shift},
+        "n_bytes": n_bytes,
+        "n_words": n_words,
+        "by": {"backend": settings.backend, "isa": settings.isa, "versions": versions()},
+        "warnings": inputs.warnings(),
+    }
+    started = time.perf_counter()
+    folder = None if out is None else Folder(Path(out))
+    job = _Job(inputs.shards, parts, options, settings, about, folder)
+    job.begin(resume=resume, share=shard)
+    job.run(executor, progress)
+    seconds = time.perf_counter() - started
+    figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
+    if job.folder is not None and len(job.found) == len(parts):
+        records.finish(job.folder, job.plan, [job.found[i] for i in sorted(job.found)], figures)
+    n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
+    return replace(
+        figures,
+        run=Run(
+            backend=settings.backend,
+            isa=settings.isa,
+            seconds=seconds,
+            rows_per_second=n_new / seconds,
+            bytes_per_second=n_new * inputs.shards[0].row_bytes / seconds,
+            versions=job.plan["by"]["versions"],
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is to be scored and how: files checked by their headers, options by themselves."""
+
+    shards: list[Shard]
+    parts: list[Part]
+    options: Options
+    settings: Settings
+
+    def warnings(self) -> list[str]:
+        """Return what the formats note, and what looks wrong in the first rows."""
+        notes = [f"{s.logits.path}: {s.logits.note}" for s in self.shards if s.logits.note]
+        return [*notes, *_look(self.parts, self.options)]
+
+
+def check_inputs(
+    logits: Paths,
+    targets: Paths | None,
+    *,
+    mask: Paths | None,
+    ignore_index: int | None,
+    kind: Kind | None,
+    vocab: int | None,
+    temperature: float,
+    dtype: str | None,
+    seq_len: int | None,
+    lengths: Paths | None,
+    shift: bool,
+    top_k: Sequence[int],
+    n_bins: int,
+    block_mib: int,
+    num_threads: int | None,
+    backend: str | None,
+) -> Inputs:
+    """Check what `score_files` was given, before any row is read."""
+    for name, value in (("block_mib", block_mib), ("num_threads", num_threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if dtype not in (None, "bfloat16", "bf16"):
         raise ValueError(f"dtype: expected bfloat16 or nothing, got {dtype!r}")
     shards = find_shards(logits, targets, mask, bfloat16=dtype is not None)
@@ -192,40 +279,11 @@ def score_files(
             f"{shards[0].logits.label}: expected probabilities of float16, float32 or float64, "
             "got bfloat16; convert them"
         )
-    if executor is not None and num_threads is None:
-        num_threads = 1  # an executor's slots are the parallelism
     chosen = registry.choose(backend, shards[0].logits.dtype_name)
     registry.load(chosen)  # now, so that importing it does not count as scoring
     settings = Settings(chosen.name, chosen.isa, num_threads, block_mib * _MIB)
     starts = find_sequences(shards, seq_len=seq_len, lengths=lengths, shift=shift)
-    parts = cut(shards, starts, shift=shift)
-    about = {
-        "options": options.as_json() | {"shift": shift},
-        "n_bytes": n_bytes,
-        "n_words": n_words,
-        "by": {"backend": chosen.name, "isa": chosen.isa, "versions": versions()},
-        "warnings": [*_notes(shards), *_look(parts, options)],
-    }
-    started = time.perf_counter()
-    job = _Job(shards, parts, options, settings, about, None if out is None else Folder(Path(out)))
-    job.begin(resume=resume, share=shard)
-    job.run(executor, progress)
-    seconds = time.perf_counter() - started
-    figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
-    if job.folder is not None and len(job.found) == len(parts):
-        records.finish(job.folder, job.plan, [job.found[i] for i in sorted(job.found)], figures)
-    n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
-    return replace(
-        figures,
-        run=Run(
-            backend=chosen.name,
-            isa=chosen.isa,
-            seconds=seconds,
-            rows_per_second=n_new / seconds,
-            bytes_per_second=n_new * shards[0].row_bytes / seconds,
-            versions=job.plan["by"]["versions"],
-        ),
-    )
+    return Inputs(shards, cut(shards, starts, shift=shift), options, settings)
 
 
 class _Job:
@@ -282,7 +340,7 @@ class _Job:
 
         nothing = Tally(self.options.top_k, self.options.n_bins)
         if executor is None:
-            blocks = _Blocks(self.settings.block_bytes, [self.parts[i] for i in self.todo])
+            blocks = Blocks(self.settings.block_bytes, [self.parts[i] for i in self.todo])
             for i in self.todo:
                 self.found[i] = score_part(*self._arguments(i), blocks=blocks, on_block=show)
                 done.merge(Tally.from_json(self.found[i]["tally"]))
@@ -314,32 +372,22 @@ def score_part(
     key: str,
     folder: str | None,
     *,
-    blocks: _Blocks | None = None,
+    blocks: Blocks | None = None,
     on_block: Callable[[Tally], None] | None = None,
 ) -> dict[str, Any]:
     """Score a part and return its record, once that is on disk if there is a folder.
 
     This is what workers run. Doing it twice, at once or after another, changes nothing.
     """
-    tally = Tally(options.top_k, options.n_bins)
-    sequences = None if part.starts is None else Sequences(part.starts)
     target = None if folder is None else Folder(Path(folder))
     record = {"name": name, "key": key, "rows": part.n_rows}
     with ExitStack() as stack:
+        write = None
         if target is not None:
             target.make()
             file = stack.enter_context(target.losses(name))
-            writer = NpyWriter(file, (part.n_rows,), part.shard.loss_dtype)
-        for row, x, y in (blocks or _Blocks(settings.block_bytes, [part])).of(part, options):
-            stats, kept = _score(part, row, x, y, options, settings)
-            loss = stats["loss"]
-            tally.add(stats, kept, None if sequences is None else sequences.add(row, loss, kept))
-            if target is not None:
-                writer.write(loss)
-            if on_block is not None:
-                on_block(tally)
-    if sequences is not None:
-        tally.add_sequences(sequences.means())
+            write = NpyWriter(file, (part.n_rows,), part.shard.loss_dtype).write
+        tally = tally_part(part, options, settings, blocks=blocks, write=write, on_block=on_block)
     if target is not None:
         record["sha256"] = file.hexdigest()
     record["tally"] = tally.as_json()
@@ -348,7 +396,32 @@ def score_part(
     return record
 
 
-class _Blocks:
+def tally_part(
+    part: Part,
+    options: Options,
+    settings: Settings,
+    *,
+    blocks: Blocks | None = None,
+    write: Callable[[NDArray[Any]], None] | None = None,
+    on_block: Callable[[Tally], None] | None = None,
+) -> Tally:
+    """Score the rows of a part, a block at a time; ``write`` gets the losses of each."""
+    tally = Tally(options.top_k, options.n_bins)
+    sequences = None if part.starts is None else Sequences(part.starts)
+    for row, x, y in (blocks or Blocks(settings.block_bytes, [part])).of(part, options):
+        stats, kept = _score(part, row, x, y, options, settings)
+        loss = stats["loss"]
+        tally.add(stats, kept, None if sequences is None else sequences.add(row, loss, kept))
+        if write is not None:
+            write(loss)
+        if on_block is not None:
+            on_block(tally)
+    if sequences is not None:
+        tally.add_sequences(sequences.means())
+    return tally
+
+
+class Blocks:
     """Blocks of rows of parts, one read while the one before it is scored, in the same memory."""
 
     def __init__(self, block_bytes: int, parts: Sequence[Part]) -> None:
@@ -440,15 +513,11 @@ def _look(parts: Sequence[Part], options: Options) -> list[str]:
     part = parts[0]
     n_rows = min(part.n_rows, SAMPLE_ROWS)
     first = replace(part, n_rows=n_rows, starts=part.starts and (0, n_rows))
-    _, x, y = next(_Blocks(n_rows * 2 * part.shard.row_bytes, [first]).of(first, options))
+    _, x, y = next(Blocks(n_rows * 2 * part.shard.row_bytes, [first]).of(first, options))
     kept = kept_rows(y, options.ignore_index)
     return looks_wrong(
         x, np.where(kept, y.astype(np.int64), -1), options, bfloat16=part.shard.logits.bfloat16
     )
-
-
-def _notes(shards: Sequence[Shard]) -> list[str]:
-    return [f"{s.logits.path}: {s.logits.note}" for s in shards if s.logits.note]
 
 
 def versions() -> dict[str, str]:

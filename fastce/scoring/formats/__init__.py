@@ -209,3 +209,18 @@ def _list(sources: Sequence[Source]) -> str:
     shown = [f"{s.name}: {s.dtype_name} {s.shape}" for s in sources[:8]]
     more = [f"and {len(sources) - 8} more"] if len(sources) > 8 else []
     return "; ".join(shown + more) or "none"
+
+
+def find_all(paths: Paths, *, bfloat16: bool = False) -> list[Source]:
+    """Find every array of the files that paths and patterns name, whatever it may be for."""
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    found: list[Source] = []
+    for item in [os.fspath(path) for path in given]:
+        pattern, _, name = item.partition("::")
+        for path in _expand(pattern):
+            everything = sources_of(path)
+            named = [s for s in everything if not name or _matches(s, name)]
+            if not named:
+                raise InputError(f"{path}: expected an array {name or ''!r}, got {_list(everything)}")
+            found += [s.as_bfloat16() if bfloat16 and s.dtype.name == "uint16" else s for s in named]
+    return found
