@@ -71,17 +71,32 @@ def _commas(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
 
 
+_INPUT = Group("What the files hold", sort_key=1)
+_FIGURES = Group("Figures", sort_key=2)
+_RUN = Group("How it runs", sort_key=3)
+
 Format = Annotated[Literal["table", "json"], Parameter(name=["--format", "-o"])]
 _NUMBERS = Parameter(converter=_whole_numbers, n_tokens=1)
 _NAMES = Parameter(converter=_names, n_tokens=1)
 _COMMAS = Parameter(show_default=_commas)
 Numbers = Annotated[tuple[int, ...], _NUMBERS, _COMMAS]
+FigureFormat = Annotated[
+    Literal["table", "md", "csv", "json", "jsonl"], Parameter(name=["--format", "-o"])
+]
+Targets = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+Kind = Annotated[Literal["logits", "logprobs", "probs"] | None, Parameter(group=_INPUT)]
+Bits = Annotated[Literal["bf16"] | None, Parameter(group=_INPUT)]
+Ignored = Annotated[int | None, Parameter(group=_INPUT)]
+Files = Annotated[list[str] | None, Parameter(group=_INPUT, consume_multiple=True)]
+Whole = Annotated[int | None, Parameter(group=_INPUT)]
+Flag = Annotated[bool, Parameter(group=_INPUT)]
+Picture = Annotated[Path | None, Parameter(group=_FIGURES)]
+FailIf = Annotated[list[str] | None, Parameter(group=_FIGURES)]
+BlockMib = Annotated[int, Parameter(group=_RUN)]
+Threads = Annotated[int | None, Parameter(group=_RUN)]
+BackendName = Annotated[str | None, Parameter(group=_RUN)]
+Quiet = Annotated[bool, Parameter(group=_RUN)]
 Names = Annotated[tuple[str, ...], _NAMES, _COMMAS]
-
-
-_INPUT = Group("What the files hold", sort_key=1)
-_FIGURES = Group("Figures", sort_key=2)
-_RUN = Group("How it runs", sort_key=3)
 
 
 @app.command
@@ -89,34 +104,32 @@ def score(
     logits: list[str],
     /,
     *,
-    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    targets: Targets = None,
     out: Path | None = None,
-    format_: Annotated[
-        Literal["table", "md", "csv", "json", "jsonl"], Parameter(name=["--format", "-o"])
-    ] = "table",
-    kind: Annotated[Literal["logits", "logprobs", "probs"] | None, Parameter(group=_INPUT)] = None,
-    dtype: Annotated[Literal["bf16"] | None, Parameter(group=_INPUT)] = None,
-    ignore_index: Annotated[int | None, Parameter(group=_INPUT)] = -100,
-    mask: Annotated[list[str] | None, Parameter(group=_INPUT, consume_multiple=True)] = None,
-    vocab: Annotated[int | None, Parameter(group=_INPUT)] = None,
-    shift: Annotated[bool, Parameter(group=_INPUT)] = False,
-    seq_len: Annotated[int | None, Parameter(group=_INPUT)] = None,
-    lengths: Annotated[str | None, Parameter(group=_INPUT)] = None,
+    format_: FigureFormat = "table",
+    kind: Kind = None,
+    dtype: Bits = None,
+    ignore_index: Ignored = -100,
+    mask: Files = None,
+    vocab: Whole = None,
+    shift: Flag = False,
+    seq_len: Whole = None,
+    lengths: Files = None,
     temperature: Annotated[float, Parameter(group=_INPUT)] = 1.0,
     n_bytes: Annotated[int | None, Parameter(name="--bytes", group=_FIGURES)] = None,
     n_words: Annotated[int | None, Parameter(name="--words", group=_FIGURES)] = None,
     top_k: Annotated[tuple[int, ...], _NUMBERS, _COMMAS, Parameter(group=_FIGURES)] = (1, 5),
     bins: Annotated[int, Parameter(group=_FIGURES)] = 15,
-    fail_if: Annotated[list[str] | None, Parameter(group=_FIGURES)] = None,
+    fail_if: FailIf = None,
     explain: Annotated[bool, Parameter(group=_FIGURES)] = False,
     shard: Annotated[str | None, Parameter(group=_RUN)] = None,
     dask: Annotated[str | None, Parameter(group=_RUN)] = None,
     resume: Annotated[bool, Parameter(group=_RUN, negative="--no-resume")] = True,
-    block_mib: Annotated[int, Parameter(group=_RUN)] = 64,
-    num_threads: Annotated[int | None, Parameter(group=_RUN)] = None,
-    backend: Annotated[str | None, Parameter(group=_RUN)] = None,
-    plot: Annotated[Path | None, Parameter(group=_FIGURES)] = None,
-    quiet: Annotated[bool, Parameter(group=_RUN)] = False,
+    block_mib: BlockMib = 64,
+    num_threads: Threads = None,
+    backend: BackendName = None,
+    plot: Picture = None,
+    quiet: Quiet = False,
 ) -> int:
     """Score files of logits against files of targets.
 
@@ -151,7 +164,7 @@ def score(
     seq_len
         Rows of a sequence. Default: the middle one of three axes, if there are three.
     lengths
-        File with the rows of each sequence, where these differ.
+        Files with the rows of each sequence, in order, where these differ.
     temperature
         Divide the logits by it.
     n_bytes
@@ -264,9 +277,7 @@ def merge(
     /,
     *,
     out: Path | None = None,
-    format_: Annotated[
-        Literal["table", "md", "csv", "json", "jsonl"], Parameter(name=["--format", "-o"])
-    ] = "table",
+    format_: FigureFormat = "table",
 ) -> int:
     """Put the shares of a run (fastce score --shard I/N) together.
 
@@ -324,17 +335,17 @@ def compare(
     other: str,
     /,
     *,
-    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    targets: Targets = None,
     llama_compat: bool = False,
     format_: Annotated[Literal["table", "md", "json"], Parameter(name=["--format", "-o"])] = "table",
-    ignore_index: int | None = -100,
-    vocab: int | None = None,
+    ignore_index: Ignored = -100,
+    vocab: Whole = None,
     worst: int = 10,
-    fail_if: list[str] | None = None,
-    block_mib: int = 64,
-    num_threads: int | None = None,
-    backend: str | None = None,
-    quiet: bool = False,
+    fail_if: FailIf = None,
+    block_mib: BlockMib = 64,
+    num_threads: Threads = None,
+    backend: BackendName = None,
+    quiet: Quiet = False,
 ) -> int:
     """Compare two dumps of the same rows: perplexities, KL divergence, probabilities of the targets.
 
@@ -421,8 +432,8 @@ def convert(
     *,
     targets: str | None = None,
     dtype: str | None = None,
-    block_mib: int = 64,
-    quiet: bool = False,
+    block_mib: BlockMib = 64,
+    quiet: Quiet = False,
 ) -> int:
     """Write logits, and their targets, to a file of another format.
 
@@ -465,22 +476,22 @@ def calibrate(
     logits: list[str],
     /,
     *,
-    targets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    mask: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    ignore_index: int | None = -100,
-    kind: Literal["logits", "logprobs", "probs"] | None = None,
-    vocab: int | None = None,
-    dtype: str | None = None,
-    seq_len: int | None = None,
-    lengths: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    shift: bool = False,
-    bins: int = 15,
+    targets: Targets = None,
+    mask: Files = None,
+    ignore_index: Ignored = -100,
+    kind: Kind = None,
+    vocab: Whole = None,
+    dtype: Bits = None,
+    seq_len: Whole = None,
+    lengths: Files = None,
+    shift: Flag = False,
+    bins: Annotated[int, Parameter(group=_FIGURES)] = 15,
     format_: Format = "table",
-    plot: Path | None = None,
-    block_mib: int = 64,
-    num_threads: int | None = None,
-    backend: str | None = None,
-    quiet: bool = False,
+    plot: Picture = None,
+    block_mib: BlockMib = 64,
+    num_threads: Threads = None,
+    backend: BackendName = None,
+    quiet: Quiet = False,
 ) -> int:
     """Find the temperature that fits files of logits best: that of the least mean NLL.
 
@@ -503,7 +514,7 @@ def calibrate(
     vocab
         Use the first so many classes alone: a padded vocabulary.
     dtype
-        bfloat16, where 16-bit integers are its bits.
+        16-bit integers are the bits of bfloat16.
     seq_len
         Rows of a sequence, for the loss by position. Default: the middle axis of three.
     lengths
@@ -525,35 +536,27 @@ def calibrate(
     quiet
         Show no progress.
     """
-    from fastce import BackendUnavailable, calibrate_files, terminal
-    from fastce.scoring import InputError
+    from fastce import calibrate_files, terminal
 
-    try:
-        _check_picture(plot)
-        with terminal.progress("calibrating", quiet=quiet) as show:
-            found = calibrate_files(
-                logits,
-                targets,
-                mask=mask,
-                ignore_index=ignore_index,
-                kind=kind,
-                vocab=vocab,
-                dtype=dtype,
-                seq_len=seq_len,
-                lengths=lengths,
-                shift=shift,
-                n_bins=bins,
-                block_mib=block_mib,
-                num_threads=num_threads,
-                backend=backend,
-                progress=terminal.calibrate_progress(show),
-            )
-    except InputError as error:
-        return _fail(str(error), _BAD_INPUT)
-    except ValueError as error:
-        return _fail(str(error), _USAGE)
-    except BackendUnavailable as error:
-        return _fail(str(error), _FAILURE)
+    _check_picture(plot)
+    with terminal.progress("calibrating", quiet=quiet) as show:
+        found = calibrate_files(
+            logits,
+            targets,
+            mask=mask,
+            ignore_index=ignore_index,
+            kind=kind,
+            vocab=vocab,
+            dtype=dtype,
+            seq_len=seq_len,
+            lengths=lengths,
+            shift=shift,
+            n_bins=bins,
+            block_mib=block_mib,
+            num_threads=num_threads,
+            backend=backend,
+            progress=terminal.calibrate_progress(show),
+        )
     _plot(plot, found.before, found.after)
     if format_ == "json":
         _print_json(found.as_dict())
@@ -584,10 +587,10 @@ def inspect(
     /,
     *,
     full: bool = False,
-    dtype: str | None = None,
+    dtype: Bits = None,
     format_: Format = "table",
-    num_threads: int | None = None,
-    backend: str | None = None,
+    num_threads: Threads = None,
+    backend: BackendName = None,
 ) -> int:
     """Say what is in files of logits or targets, and what it looks like.
 
@@ -599,7 +602,7 @@ def inspect(
     full
         Read arrays whole. Default: those up to 64 MiB, and samples of larger ones.
     dtype
-        bfloat16, where 16-bit integers are its bits.
+        16-bit integers are the bits of bfloat16.
     format_
         How it is printed.
     num_threads
@@ -607,17 +610,9 @@ def inspect(
     backend
         For the estimate. Default: the fastest one here.
     """
-    from fastce import BackendUnavailable, inspect_files, terminal
-    from fastce.scoring import InputError
+    from fastce import inspect_files, terminal
 
-    try:
-        found = inspect_files(files, full=full, dtype=dtype, num_threads=num_threads, backend=backend)
-    except InputError as error:
-        return _fail(str(error), _BAD_INPUT)
-    except ValueError as error:
-        return _fail(str(error), _USAGE)
-    except BackendUnavailable as error:
-        return _fail(str(error), _FAILURE)
+    found = inspect_files(files, full=full, dtype=dtype, num_threads=num_threads, backend=backend)
     if format_ == "json":
         _print_json({"arrays": [one.as_dict() for one in found]})
     else:
@@ -626,7 +621,7 @@ def inspect(
 
 
 @app.command
-def demo(folder: Path | None = None, /, *, quiet: bool = False) -> int:
+def demo(folder: Path | None = None, /, *, quiet: Quiet = False) -> int:
     """Train a small byte-level model on text that comes with Python, and score it.
 
     Takes about 20 seconds and needs no network.

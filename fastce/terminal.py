@@ -114,7 +114,7 @@ def calibrate_progress(show: Show) -> Callable[[CalibrateProgress], None]:
     def on_block(at: CalibrateProgress) -> None:
         rows = (at.passes - 1) * at.rows_total + at.rows_done
         speed = _speed_so_far(started, rows, at.row_bytes)
-        text = f"pass {at.passes} at temperature {at.temperature:.6g}, {speed}, about"
+        text = f"pass {at.passes} at temperature {at.temperature:.6g}, {speed}"
         show(rows, max(_PASSES, at.passes) * at.rows_total, text)
 
     return on_block
@@ -363,10 +363,7 @@ def _floats_rows(floats: Floats) -> Iterator[tuple[str, str]]:
         yield "finite numbers", f"{floats.minimum:.6g} to {floats.maximum:.6g}"
     if floats.unused:
         rest = floats.classes - floats.unused
-        yield (
-            "never used",
-            f"the last {floats.unused:,} columns; if these are padding, set vocab to {rest}",
-        )
+        yield "never used", f"the last {floats.unused:,} columns; if padding, set vocab to {rest}"
     if floats.estimate is not None:
         seconds, memory = floats.estimate.seconds, _bytes(floats.estimate.memory_bytes)
         yield (

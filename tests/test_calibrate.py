@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from scipy import optimize, special
 
 import fastce
+from fastce import terminal
 from fastce.cli import main
 from fastce.scoring import CalibrateProgress, InputError, calibrate, calibrate_files
 
@@ -164,16 +167,35 @@ def test_after_is_what_score_files_gives(tmp_path, rows):
     assert calibration.before == fastce.score_files(tmp_path / "x.npy", tmp_path / "y.npy", n_bins=7)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_logits_where_a_plain_optimiser_runs_away(tmp_path, dtype):
-    """A step of Newton or LBFGS from T = 1 or 1.5 overshoots here, and the NLL ends worse."""
+def with_lbfgs(logits, targets, rate):
+    """Temperature scaling as it is mostly done (gpleiss/temperature_scaling): LBFGS in T, from 1.5."""
+    temperature = torch.full((), 1.5, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([temperature], lr=rate, max_iter=50)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            torch.tensor(logits) / temperature, torch.tensor(targets)
+        )
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return temperature.item()
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.0])
+def test_logits_where_lbfgs_ends_worse_or_runs_away(tmp_path, rate):
     rng = np.random.default_rng(2)
     truth = rng.integers(N_CLASSES, size=N_ROWS)
-    logits = 3e3 * np.eye(N_CLASSES)[truth] + 500 * rng.standard_normal((N_ROWS, N_CLASSES))
+    logits = 0.3 * np.eye(N_CLASSES)[truth] + 0.05 * rng.standard_normal((N_ROWS, N_CLASSES))
     targets = np.where(rng.random(N_ROWS) < 0.1, rng.integers(N_CLASSES, size=N_ROWS), truth)
-    calibration = found(tmp_path, logits.astype(dtype), targets)
+    theirs = with_lbfgs(logits, targets, rate)
+    assert mean_nll(logits, targets, theirs) > mean_nll(logits, targets, 1)
+    assert rate < 1 or abs(theirs) > 1_000
+    calibration = found(tmp_path, logits, targets)
     assert calibration.status == "converged"
-    assert calibration.temperature == pytest.approx(best_temperature(logits, targets), rel=1e-5)
+    assert calibration.temperature == pytest.approx(best_temperature(logits, targets), rel=2e-6)
     assert calibration.after.mean_nll < calibration.before.mean_nll
 
 
@@ -292,6 +314,16 @@ def test_command_line_json(capsys, dump):
     assert json.loads(out) == json.loads(json.dumps(dump.as_dict()))
     with open("p.svg") as file:
         assert "<svg" in file.read()
+
+
+def test_command_line_shows_passes(capsys, dump, monkeypatch):
+    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    code, _, err = run(capsys, "calibrate", "x.npy", "--targets", "y.npy")
+    assert code == 0
+    lines = err.splitlines()
+    assert len(lines) == dump.passes
+    assert re.match(r"calibrating: \d+%, pass 1 at temperature 1, [\d,]+ rows/s, .* left$", lines[0])
+    assert f"pass {dump.passes} at temperature {dump.temperature:.6g}" in lines[-1]
 
 
 @pytest.mark.parametrize(

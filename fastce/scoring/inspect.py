@@ -26,6 +26,9 @@ MAX_DISTINCT = 2**20
 
 _BLOCK_BYTES = 4 * 2**20
 
+# The blocks that `score_files` has in memory, if nothing else is said.
+_SCORING_BYTES = 64 * 2**20
+
 # What a rehearsal of the kernels may take, in seconds.
 _REHEARSAL_SECONDS = 0.05
 
@@ -296,7 +299,7 @@ def _rehearse(
 
 def _memory(source: Source, n_rows: int, n_classes: int) -> int:
     row_bytes = n_classes * source.dtype.itemsize
-    block_rows = max(1, min(SAMPLE_BYTES // 2 // row_bytes, n_rows))
+    block_rows = max(1, min(_SCORING_BYTES // 2 // row_bytes, n_rows))
     return block_rows * (2 * row_bytes + _BYTES_PER_ROW)
 
 
