@@ -72,6 +72,12 @@ def automatic(runtime_max: int) -> int:
     return min(cpu.usable_cores(), runtime_max)
 
 
+def count(num_threads: int | None, runtime_max: Callable[[], int]) -> int:
+    """Return the threads to use for work of any size that is cut for Python's own threads."""
+    number = requested(num_threads).number
+    return automatic(runtime_max()) if number is None else number
+
+
 def resolve(num_threads: int | None, n_elements: int, runtime_max: Callable[[], int]) -> int:
     """Return the threads to use for a call over ``n_elements`` logits."""
     count = requested(num_threads).number

@@ -29,7 +29,8 @@ ALLOWED = {
     "config": {"cpu", "registry", "threads", "_native", "__version__"},
     "_backends": {"_backends", "kernels", "_native"},
     "_native": set(),
-    "scoring": {"activations", "info", "kernels", "registry", "scoring", "stats", "__version__"},
+    "scoring": {"activations", "info", "kernels", "registry", "scoring", "stats", "threads"}
+    | {"__version__"},
     "interop": {"losses"},
     # the library's users: what is public, and the scoring they show
     "demo": {"", "scoring"},

@@ -217,7 +217,7 @@ class _Passes:
         self.points: list[_Point] = []
         self._inputs = inputs
         self._progress = progress
-        self._blocks = Blocks(inputs.settings.block_bytes, inputs.parts)
+        self._blocks = Blocks(inputs.settings, inputs.parts)
         self._rows = sum(part.n_rows for part in inputs.parts)
         shards = inputs.shards
         self._about: dict[str, Any] = {

@@ -205,8 +205,8 @@ class Tally:
         self._histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         self._n_sequences: int | None = None
         self._sequence_perplexity = ExactSums()
-        self._position_rows = np.zeros(_N_POSITION_BINS, np.int64)
-        self._position_loss = ExactSums(_N_POSITION_BINS)
+        self._position_rows = np.zeros(0, np.int64)  # until positions are known
+        self._position_loss = ExactSums(0)
 
     def mean_with(self, other: Self) -> tuple[float, float]:
         """Return the mean loss of the rows of both, and its standard error."""
@@ -242,6 +242,7 @@ class Tally:
         self._histogram += np.bincount(widths.astype(np.intp), minlength=HISTOGRAM_BINS)
         self._add_to_bins(stats["max_prob"], rank)
         if positions is not None:
+            self._know_positions()
             bins = _position_bin(positions)
             self._position_rows += np.bincount(bins, minlength=_N_POSITION_BINS)
             self._position_loss.add(loss, bins)
@@ -256,6 +257,11 @@ class Tally:
         self._bin_hits += np.bincount(bins[rank == 0], minlength=n_bins)
         self._bin_confidence.add(confidence, bins)
 
+    def _know_positions(self) -> None:
+        if not len(self._position_rows):
+            self._position_rows = np.zeros(_N_POSITION_BINS, np.int64)
+            self._position_loss = ExactSums(_N_POSITION_BINS)
+
     def add_sequences(self, mean_losses: NDArray[np.float64]) -> None:
         """Add whole sequences, by the mean losses of their kept rows."""
         self._n_sequences = (self._n_sequences or 0) + len(mean_losses)
@@ -266,9 +272,13 @@ class Tally:
         """Add the rows of another tally."""
         for name in ("rows", "kept", "nonfinite", "rank_sum"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("_bin_rows", "_bin_hits", "_histogram", "_position_rows"):
+        if len(other._position_rows):
+            self._know_positions()
+            self._position_rows += other._position_rows
+            self._position_loss.merge(other._position_loss)
+        for name in ("_bin_rows", "_bin_hits", "_histogram"):
             getattr(self, name)[:] += getattr(other, name)
-        for name in ("_bin_confidence", "_sequence_perplexity", "_position_loss"):
+        for name in ("_bin_confidence", "_sequence_perplexity"):
             getattr(self, name).merge(getattr(other, name))
         for name, sums in self._sums.items():
             sums.merge(other._sums[name])
@@ -316,6 +326,7 @@ class Tally:
             tally._sequence_perplexity = ExactSums.from_json([values["sequence_perplexity"]])
             used = len(values["position_rows"])
             rest = ["0x0p+0"] * (_N_POSITION_BINS - used)
+            tally._know_positions()
             tally._position_rows[:used] = values["position_rows"]
             tally._position_loss = ExactSums.from_json(values["position_loss"] + rest)
         return tally

@@ -139,8 +139,10 @@ class Scorer:
         flat = {name: array.reshape(-1) for name, array in stats.items()}
         positions = None
         if x.ndim > 2:
-            sequences = Sequences(np.arange(0, y.size + 1, max(1, y.shape[-1])))
-            positions = sequences.add(0, flat["loss"], kept.reshape(-1))
+            starts = np.arange(0, y.size + 1, max(1, y.shape[-1]))
+            sequences = Sequences(starts)
+            sequences.add(0, flat["loss"], kept.reshape(-1))
+            positions = positions_of(starts, 0, y.size)
             self._tally.add_sequences(sequences.means())
         self._tally.add(flat, kept.reshape(-1), positions)
         return stats["loss"]
@@ -176,18 +178,26 @@ class Sequences:
         self._sums = np.zeros(len(self._starts) - 1)
         self._counts = np.zeros(len(self._starts) - 1, np.int64)
 
-    def add(self, row: int, losses: NDArray[Any], kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Add rows from one on; return the position of each in its sequence."""
-        rows = np.arange(row, row + len(losses))
-        index = np.searchsorted(self._starts, rows, side="right") - 1
+    def add(self, row: int, losses: NDArray[Any], kept: NDArray[np.bool_]) -> None:
+        """Add rows from one on."""
+        index = _sequence_of(self._starts, row, len(losses))
         np.add.at(self._sums, index[kept], losses[kept])
         np.add.at(self._counts, index[kept], 1)
-        return np.asarray(rows - self._starts[index])
 
     def means(self) -> NDArray[np.float64]:
         """Return the mean loss of each sequence that has a kept row."""
         some = self._counts > 0
         return np.asarray(self._sums[some] / self._counts[some])
+
+
+def _sequence_of(starts: NDArray[np.int64], row: int, n: int) -> NDArray[np.intp]:
+    return np.searchsorted(starts, np.arange(row, row + n), side="right") - 1
+
+
+def positions_of(starts: ArrayLike, row: int, n: int) -> NDArray[np.int64]:
+    """Return the positions in their sequences of n rows from one on."""
+    own = np.asarray(starts, np.int64)
+    return np.asarray(np.arange(row, row + n) - own[_sequence_of(own, row, n)])
 
 
 def score_rows(
