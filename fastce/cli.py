@@ -120,6 +120,8 @@ def score(
     n_words: Annotated[int | None, Parameter(name="--words", group=_FIGURES)] = None,
     top_k: Annotated[tuple[int, ...], _NUMBERS, _COMMAS, Parameter(group=_FIGURES)] = (1, 5),
     bins: Annotated[int, Parameter(group=_FIGURES)] = 15,
+    losses: Annotated[Literal["npy", "parquet"], Parameter(group=_FIGURES)] = "npy",
+    hash_inputs: Annotated[bool, Parameter(name="--hash", group=_FIGURES)] = False,
     fail_if: FailIf = None,
     explain: Annotated[bool, Parameter(group=_FIGURES)] = False,
     shard: Annotated[str | None, Parameter(group=_RUN)] = None,
@@ -175,6 +177,10 @@ def score(
         The k of the top-k accuracies, with commas.
     bins
         Bins of the calibration errors.
+    losses
+        How the losses of each row are written to --out.
+    hash_inputs
+        Tell the SHA-256 of each input in JSON; reads them once more.
     fail_if
         A condition such as 'ppl>12' or 'ece>=0.05' that ends in exit code 4; may be repeated.
     explain
@@ -227,6 +233,8 @@ def score(
             n_bytes=n_bytes,
             n_words=n_words,
             out=out,
+            loss_format=losses,
+            hash_inputs=hash_inputs,
             resume=resume,
             shard=None if shard is None else _share(shard),
             executor=executor,

@@ -9,8 +9,10 @@ import shutil
 import signal
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from runs import N_CLASSES, N_PARTS, PART_BYTES, PART_ROWS, contents, score, write_dump
 
@@ -552,3 +554,15 @@ def test_losses_that_are_no_numbers(tmp_path):
         scorer = fastce.Scorer(kind="logprobs")
         scorer.update(x, y)
         np.testing.assert_equal(scorer.figures().nll_sum, figures.nll_sum)
+
+
+def test_losses_as_parquet_and_hashes_of_inputs(tmp_path, dump, done):
+    found = score(dump, tmp_path / "out", loss_format="parquet", hash_inputs=True)
+    inputs = (*found.logits, *found.targets)
+    assert len(inputs) == 3
+    for source in inputs:
+        assert source.sha256 == hashlib.sha256(Path(source.path).read_bytes()).hexdigest()
+    for name in ("logits-1", "logits-2"):
+        table = pyarrow.parquet.read_table(tmp_path / "out" / f"{name}.loss.parquet")
+        np.testing.assert_array_equal(table["loss"].to_numpy(), np.load(done / f"{name}.loss.npy"))
+    assert verify(tmp_path / "out") == []

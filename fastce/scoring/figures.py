@@ -32,6 +32,7 @@ class Input:
     shape: tuple[int, ...]
     dtype: str
     bytes: int  #: of the file
+    sha256: str | None = None  #: of the file, if it was asked for
 
 
 @dataclass(frozen=True, slots=True)

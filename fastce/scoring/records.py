@@ -5,7 +5,8 @@ A folder of results has
 - ``plan.json``: the parts, in order, with a hash of all that each depends on;
 - ``parts/NAME.KEY.npy``: the losses of a part's rows; ``parts/NAME.KEY.json``: its record, with its
   sums and the checksum of its losses, written last;
-- when all records exist: ``SHARD.loss.npy``, the losses of each file of logits, and ``figures.json``.
+- when all records exist: ``SHARD.loss.npy`` (or ``.parquet``), the losses of each file of logits, and
+  ``figures.json``.
 
 A file appears under its name complete and on disk, or not at all. Names are the same in each attempt,
 and so are the bytes: a part that is done twice, by two processes or by one that was thought dead,
@@ -17,12 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -174,11 +175,26 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def make_plan(
-    shards: Sequence[Shard], parts: Sequence[Part], keys: Sequence[str], **about: Any
+    shards: Sequence[Shard],
+    parts: Sequence[Part],
+    keys: Sequence[str],
+    *,
+    hash_inputs: bool,
+    **about: Any,
 ) -> dict[str, Any]:
     """Return what is to be done, as JSON values: enough to finish without the inputs."""
     sources = [source for s in shards for source in (s.logits, s.targets, s.mask) if source is not None]
-    files = {str(s.path.absolute()): {"bytes": s.n_bytes, "mtime_ns": s.mtime_ns} for s in sources}
+    files: dict[str, dict[str, Any]] = {
+        str(s.path.absolute()): {"bytes": s.n_bytes, "mtime_ns": s.mtime_ns} for s in sources
+    }
+    if hash_inputs:
+        for path, file in files.items():
+            file["sha256"] = _file_checksum(Path(path))
+
+    def input_json(source: Source) -> dict[str, Any]:
+        sha256 = files[str(source.path.absolute())].get("sha256")
+        return asdict(replace(input_of(source), sha256=sha256))
+
     return {
         "schema_version": _SCHEMA_VERSION,
         **about,
@@ -188,8 +204,8 @@ def make_plan(
                 "name": shard.name,
                 "shape": list(shard.logits.shape[:-1]),
                 "loss_dtype": shard.loss_dtype.name,
-                "logits": asdict(input_of(shard.logits)),
-                "targets": asdict(input_of(shard.targets)),
+                "logits": input_json(shard.logits),
+                "targets": input_json(shard.targets),
             }
             for shard in shards
         ],
@@ -235,8 +251,9 @@ def finish(
     """Write the losses of each shard, and last the figures, from the parts and their records."""
     sync_folder(folder.parts)  # a run that was killed may not have come to it
     for i, shard in enumerate(plan["shards"]):
-        with atomic_file(folder.path / f"{shard['name']}.loss.npy") as file:
-            _write_losses(file, folder, plan, found, i)
+        path = folder.path / _losses_name(plan, shard)
+        with atomic_file(path) as file:
+            _write_losses(path, file, folder, plan, found, i)
     _write_json(folder.path / "figures.json", _document(plan, figures))
 
 
@@ -245,14 +262,31 @@ def _document(plan: dict[str, Any], figures: Figures) -> dict[str, Any]:
     return figures.as_dict() | {"run": plan["by"]}
 
 
+def _losses_name(plan: dict[str, Any], shard: dict[str, Any]) -> str:
+    return f"{shard['name']}.loss.{plan['loss_format']}"
+
+
 def _write_losses(
-    file: Any, folder: Folder, plan: dict[str, Any], found: Sequence[dict[str, Any]], shard: int
+    path: Path,
+    file: Any,
+    folder: Folder,
+    plan: dict[str, Any],
+    found: Sequence[dict[str, Any]],
+    shard: int,
 ) -> None:
     about = plan["shards"][shard]
-    writer = NpyWriter(file, tuple(about["shape"]), np.dtype(about["loss_dtype"]))
-    for part, record in zip(plan["parts"], found, strict=True):
-        if part["shard"] == shard:
-            writer.write(folder.part_losses(record))
+    parts = zip(plan["parts"], found, strict=True)
+    losses = (folder.part_losses(record) for part, record in parts if part["shard"] == shard)
+    if path.suffix == ".npy":
+        writer = NpyWriter(file, tuple(about["shape"]), np.dtype(about["loss_dtype"]))
+        for block in losses:
+            writer.write(block)
+        return
+    from fastce.scoring.formats.arrow import batch_writer
+
+    with batch_writer(path, file, {"loss": (about["loss_dtype"], ())}) as write:
+        for block in losses:
+            write({"loss": block})
 
 
 def merge(folders: Sequence[Path], out: Path) -> Figures:
@@ -333,7 +367,8 @@ def verify(path: Path) -> list[str]:
         file = Path(given["path"])
         if file.is_file():
             status = file.stat()
-            if (status.st_size, status.st_mtime_ns) != (given["bytes"], given["mtime_ns"]):
+            same = (status.st_size, status.st_mtime_ns) == (given["bytes"], given["mtime_ns"])
+            if not same or ("sha256" in given and given["sha256"] != _file_checksum(file)):
                 wrong.append(f"{file}: was changed since it was scored")
     return wrong
 
@@ -346,10 +381,11 @@ def _verify_results(folder: Folder, plan: dict[str, Any], found: list[dict[str, 
     if document.read_bytes() != _as_json(_document(plan, figures_of(plan, found))):
         wrong.append("figures.json: not what the records say")
     for i, shard in enumerate(plan["shards"]):
-        name = f"{shard['name']}.loss.npy"
-        with open(os.devnull, "wb") as nothing:
-            whole = _Hashing(nothing)
-            _write_losses(whole, folder, plan, found, i)
-        if _file_checksum(folder.path / name) != whole.hexdigest():
+        name = _losses_name(plan, shard)
+        with TemporaryFile() as file:
+            _write_losses(folder.path / name, file, folder, plan, found, i)
+            file.seek(0)
+            expected = hashlib.file_digest(file, "sha256").hexdigest()
+        if _file_checksum(folder.path / name) != expected:
             wrong.append(f"{name}: not the losses of its parts")
     return wrong

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,8 @@ def score_files(
     n_bytes: int | None = None,
     n_words: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    loss_format: Literal["npy", "parquet"] = "npy",
+    hash_inputs: bool = False,
     resume: bool = True,
     shard: tuple[int, int] | None = None,
     executor: Executor | None = None,
@@ -126,6 +128,11 @@ def score_files(
     out : path, optional
         Folder for ``<stem>.loss.npy``, the rows' losses, for each logits file, and ``figures.json``;
         made if it is missing. A file appears there complete or not at all.
+    loss_format : {"npy", "parquet"}, default "npy"
+        How the losses are written; Parquet has them in a column ``loss``.
+    hash_inputs : bool, default False
+        Compute the SHA-256 of each input, which reads it once more, for ``figures.logits`` and
+        ``figures.targets``.
     resume : bool, default True
         Take the parts that an earlier run left in ``out`` as done, if it scored the same files with
         the same options, backend and versions of fastce, NumPy and Python.
@@ -180,6 +187,8 @@ def score_files(
     for name, value in (("n_bytes", n_bytes), ("n_words", n_words)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if loss_format not in ("npy", "parquet"):
+        raise ValueError(f"loss_format: expected npy or parquet, got {loss_format!r}")
     if shard is not None and not (out is not None and 1 <= shard[0] <= shard[1]):
         raise ValueError(f"shard: expected (i, n) with 1 <= i <= n, and out; got {shard}, {out}")
     if executor is not None and num_threads is None:
@@ -209,6 +218,8 @@ def score_files(
         "n_words": n_words,
         "by": {"backend": settings.backend, "isa": settings.isa, "versions": versions()},
         "warnings": inputs.warnings(),
+        "loss_format": loss_format,
+        "hash_inputs": hash_inputs,
     }
     started = time.perf_counter()
     folder = None if out is None else Folder(Path(out))
