@@ -652,12 +652,13 @@ def demo(folder: Path | None = None, /, *, quiet: Quiet = False) -> int:
         result = run_demo(Path(directory), on_step=show)
     terminal.print_figures(result.figures)
     print(f"A unigram model of the same text needs {result.unigram_bits:.6f} bits per byte.")
-    print("To score the held-out logits again:")
+    print("The held-out logits, once more:")
     if folder is None:
         print("    fastce demo DIR")
     name = folder or Path("DIR")
     logits, targets = (shlex.quote(str(name / part)) for part in ("logits-*.npy", "targets.npy"))
     print(f"    fastce score {logits} --targets {targets} --bytes {result.figures.rows}")
+    print(f"    fastce calibrate {logits} --targets {targets}")
     return 0
 
 

@@ -43,6 +43,9 @@ from numpy.typing import NDArray
 from fastce.kernels import Kernels, Soft, Stats, tile_rows
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}  # strict arithmetic: no fastmath flags
+# Of functions that only kernels call: without the means to call them from Python, kernels compile in 0.77
+# of the time.
+_INNER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _BLOCK = 1024  # classes read at a time: 4 or 8 KiB, which stay in L1 between maximum and sum
 _NARROW = 32  # rows of at most this many classes are computed with rows as lanes
@@ -1690,7 +1693,7 @@ _SPARE = 9 * _TALL
 _WORK = _PARTS + 10 * _TALL
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _target(x, job, row):
     """Return a row's target; 0 if it has none, and is kept."""
     if job.targets == 0:
@@ -1698,13 +1701,13 @@ def _target(x, job, row):
     return _int64s(job.targets, x)[row]
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _target_to_write(job, target, soft):
     """Return the class id whose gradient is not like the others', or -1."""
     return -1 if job.targets == 0 else _class_id(soft, target)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _lanes_kept(x, job, row, count):
     """See `_read_targets`."""
     if job.targets == 0:
@@ -1712,7 +1715,7 @@ def _lanes_kept(x, job, row, count):
     return _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _id_weight(x, job, row):
     """Return the weight of a row's target, where that is all that is soft."""
     if job.has_more == 0 or job.id_weights == 0:
@@ -1723,13 +1726,13 @@ def _id_weight(x, job, row):
     return np.float64(_get(_reals_like(job.id_weights, x), target))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _scale_of(x, job, row):
     """Return what multiplies a row's gradient."""
     return _float64s(job.scale, x)[row * job.scale_step] * _id_weight(x, job, row)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _scale_lanes(x, job, row, count, saved):
     """Return the same of count rows; ``saved`` is room for them."""
     if job.scale_step == 0 and job.has_more == 0:
@@ -1739,7 +1742,7 @@ def _scale_lanes(x, job, row, count, saved):
     return _doubles_at(x, saved, 0)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _target_weights(x, job, row, count, soft, step, saved):
     """Return the weights of the targets of count rows; those of classes are ``step`` apart."""
     if soft is not None:
@@ -1752,7 +1755,7 @@ def _target_weights(x, job, row, count, soft, step, saved):
 # ---- Reading rows ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _largest(x, n):
     """Return the largest of n classes in each lane."""
     lanes = _lanes(x)
@@ -1768,7 +1771,7 @@ def _largest(x, n):
     return top
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_terms(x, n, ref, m, e):
     """Return sums, carries and ties of n classes in each lane; store the terms in e if it is given."""
     lanes = _lanes(x)
@@ -1792,7 +1795,7 @@ def _sum_terms(x, n, ref, m, e):
     return total, carry, ties
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _add_classes(x, n, what, sums):
     """Return sums with what n classes add to each lane; see `_summed`."""
     lanes = _lanes(x)
@@ -1810,7 +1813,7 @@ def _add_classes(x, n, what, sums):
     return sums
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_shares(x, n, soft, m, top):
     zero = _splat_double(x, 0.0)
     sums = _ShareSums(zero, zero, zero, zero, zero, zero, _splat(x, 0.0))
@@ -1819,19 +1822,19 @@ def _sum_shares(x, n, soft, m, top):
     return sums
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_spread(x, n, e, m):
     zero = _splat_double(x, 0.0)
     return _add_classes(x, n, _Spread(e, _finite_or_zero(m)), _Sum(zero, zero))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_squares(x, n, e):
     zero = _splat_double(x, 0.0)
     return _add_classes(x, n, _Squares(e), _Sum(zero, zero))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _drop(ref, m):
     """Return a, b and c with exp(ref - m) = a * b * (1 + c); a and b are normal if it matters."""
     if ref == m:
@@ -1843,27 +1846,27 @@ def _drop(ref, m):
     return math.exp(d), 1.0, error
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _scale_sum(total, carry, a, b):
     """Return (total, carry) times exp(a - b)."""
     drop, again, error = _drop(a, b)
     return total * drop * again * (1.0 + error), carry * drop * again
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _scale_squares(total, carry, a, b):
     total, carry = _scale_sum(total, carry, a, b)
     return _scale_sum(total, carry, a, b)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _add_to(state, i, total, carry):
     """Add a sum and its carry to those that stand at i and after it."""
     state[i], error = _two_sum_of(state[i], total)
     state[i + 1] += error + carry
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _raise_maximum(state, top, unit, soft, stats):
     """Let the maximum so far rise to ``top``."""
     m, ref = state[_M], state[_REF]
@@ -1893,13 +1896,13 @@ def _raise_maximum(state, top, unit, soft, stats):
     state[_TIES] = 0.0
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _add_lanes(state, i, total, carry):
     total, carry = _sum_of_terms(total, carry)
     _add_to(state, i, total, carry)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_shares(x, n, state, top, soft):
     """Add the shares of n classes, of which ``top`` is the maximum, to a row's state."""
     m = _splat(x, state[_M])
@@ -1916,7 +1919,7 @@ def _read_shares(x, n, state, top, soft):
     state[_LEAST] = min(state[_LEAST], _least_lane(sums.least))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     """Add n classes to a row's state; return what the terms stored in e are relative to.
 
@@ -1953,7 +1956,7 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     return ref if m > -np.inf else -np.inf  # a block of -inf: its terms are 0, whatever the factor
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _first_equal(x, n, value):
     """Return the first of n classes with this logit."""
     lanes = _lanes(x)
@@ -1965,7 +1968,7 @@ def _first_equal(x, n, value):
     return whole + _lowest_bit(_equal_lanes_end(x, whole, n - whole, wanted))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _count(x, n, pivot, tied):
     """How many of n classes are larger than the pivot or, if ``tied``, equal to it."""
     lanes = _lanes(x)
@@ -1985,21 +1988,21 @@ def _count(x, n, pivot, tied):
     return count + _count_end_ahead(x, whole, n - whole, p)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _count_before(x, n, target, pivot):
     """How many of n classes come before the target, which is one of them, or before or after them."""
     before = min(max(target, 0), n)
     return _count(x, before, pivot, True) + _count(_at(x, before), n - before, pivot, False)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _clear(state):
     state[_M] = -np.inf
     for i in range(_REF, _STATE):
         state[i] = 0.0
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _finish_row(x, state, target, target_logit, parts, r, soft, stats):
     """Make a row's state final, and note its parts; return whether it is finite."""
     m, ref, unit = state[_M], state[_REF], _sum_unit(x)
@@ -2029,7 +2032,7 @@ def _finish_row(x, state, target, target_logit, parts, r, soft, stats):
     return gap == gap
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _own_at(x, soft, parts, r, scale):
     """Return what a row's gradient needs."""
     gap, error, w = parts[_GAP + r], parts[_GAP_ERROR + r], parts[_WEIGHT_PART + r]
@@ -2037,7 +2040,7 @@ def _own_at(x, soft, parts, r, scale):
     return _own_parts(x, soft, scale, gap, e, rest, parts[_MASS_PART + r], parts[_OTHERS_PART + r], w)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _tile_sum(losses, first, n):
     """Return the compensated sum of n losses."""
     lanes = _lanes(losses)
@@ -2049,7 +2052,7 @@ def _tile_sum(losses, first, n):
     return s + c if s < np.inf else s  # inf has no rounding error to add; NaN stays
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_tiles(x, job, first, last):
     """Sum the losses of the tiles from row ``first`` to ``last``."""
     if job.losses == 0:
@@ -2063,7 +2066,7 @@ def _sum_tiles(x, job, first, last):
 # ---- Writing gradients, and softmaxes ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_classes(e, n, how, g, stream):
     """Write to g what becomes of n exponentials, or logits, in e; see `_written`."""
     lanes = _lanes(e)
@@ -2085,7 +2088,7 @@ def _write_classes(e, n, how, g, stream):
         _write_some(e, i, n - i, how, g)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_block(e, n, drop, again, error, rest, scale, g, stream, soft, own, mass, start):
     """Write the gradient of n classes from ``start`` on: their exponentials in e times drop * again."""
     factor = _row_factor(e, _times_mass(scale, mass), rest, drop, again, error)
@@ -2093,7 +2096,7 @@ def _write_block(e, n, drop, again, error, rest, scale, g, stream, soft, own, ma
     _write_classes(e, n, _how(factor, _own_in_block(own, drop, again), here), g, stream)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_plain(x, step, n, m, rest, scale, g, g_step, soft, w_step, own, mass):
     """Write the same from logits ``step`` apart, in doubles: for scales so large that they are rare.
 
@@ -2113,23 +2116,23 @@ def _write_plain(x, step, n, m, rest, scale, g, g_step, soft, w_step, own, mass)
             _set(g, j * g_step, np.float64(own.own) if is_top else p)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_log(x, n, m, gap, rest, g, stream):
     _write_classes(x, n, _log_parts(x, m, gap, rest), g, stream)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fill(g, n, value):
     for j in range(n):
         _set(g, j, value)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _is_large(scale):
     return not abs(scale) < _MAX_SCALE
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _set_target(g, target, gap, e, rest, scale, soft, own):
     """Write the gradient of a class id, if there is one: g is class 0."""
     if target >= 0:
@@ -2144,7 +2147,7 @@ def _set_target(g, target, gap, e, rest, scale, soft, own):
 # ---- Rows that are finished together, one in each lane ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved):
     """Store losses and statistics of count rows."""
     if job.losses == 0:
@@ -2166,7 +2169,7 @@ def _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found
         _store_found(x, job, row, count, kept, gap, rest, found)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _store_found(x, job, row, count, kept, gap, rest, found):
     """Store the statistics that are wanted."""
     if job.lse != 0:
@@ -2189,7 +2192,7 @@ def _store_found(x, job, row, count, kept, gap, rest, found):
         _store_number(_reals_like(job.brier, x), row, count, kept, value)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _store_rows(x, job, parts, row, count, soft, stats):
     """Store losses and statistics of rows from their parts."""
     lanes = _lanes(x)
@@ -2224,7 +2227,7 @@ _FACTOR = 240  # reals: hi, lo, down, least, and `_Own`, of which plain targets 
 _SLOTS = _FACTOR + 10 * _GROUP
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
     """Read count rows of n classes: the maxima of some, then their sums while they are in L1."""
     step = max(1, _L1_CLASSES // n)
@@ -2252,7 +2255,7 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                     _read_row_stats(at, n, m, r, slots, e, target, slots[_LOGIT + r], job)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_row_shares(x, n, m, r, slots, soft, with_grad):
     maximum = _splat(x, m)
     sums = _sum_shares(x, n, soft, maximum, _if_given(with_grad, maximum))
@@ -2266,7 +2269,7 @@ def _read_row_shares(x, n, m, r, slots, soft, with_grad):
     slots[_LEAST_OF + r] = _least_lane(sums.least)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_row_stats(x, n, m, r, slots, e, target, target_logit, job):
     if job.argmax != 0:
         slots[_TOP_OF + r] = _first_equal(x, n, m)
@@ -2283,7 +2286,7 @@ def _read_row_stats(x, n, m, r, slots, e, target, target_logit, job):
         slots[_SQUARES_OF + r] = (total + carry) * _square_unit(x)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _finish_rows(x, job, row, count, slots, soft, stats):
     """Store the losses of a group, and what is wanted with them; note gap and rest for a gradient."""
     kept, _, counted = _lanes_kept(x, job, row, count)
@@ -2308,7 +2311,7 @@ def _finish_rows(x, job, row, count, slots, soft, stats):
     return counted
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _factor_rows(x, job, row, count, slots, places, soft):
     """Note the factors of count rows' gradients."""
     for r in range(count):
@@ -2338,7 +2341,7 @@ def _factor_rows(x, job, row, count, slots, places, soft):
     _store(factors, 3 * _GROUP, factor.least)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_rows(x, step, g, n, job, row, count, slots, places, soft):
     """Write the gradients of count rows, from their exponentials; logits are ``step`` apart.
 
@@ -2373,7 +2376,7 @@ def _write_rows(x, step, g, n, job, row, count, slots, places, soft):
                 _set(out, written, _get(factors, 9 * _GROUP + r))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _middle_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Rows of unit stride."""
     first = item * job.item_rows
@@ -2413,7 +2416,7 @@ def _middle_rows(x_type, job, item, worker, with_grad, soft, stats):
     return counted
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Rows of any stride, which are transposed into scratch, and their gradients back."""
     first = item * job.item_rows
@@ -2466,7 +2469,7 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
 # ---- Kernels for rows of unit stride: lanes are classes ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_row(x, n, state, refs, e, step, soft, first, target, target_logit, stats):
     """Read n classes of a row. Terms go to e, if given: each block's to the same place if step is 0."""
     for start in range(0, n, _BLOCK):
@@ -2477,7 +2480,7 @@ def _read_row(x, n, state, refs, e, step, soft, first, target, target_logit, sta
         refs[start // _BLOCK] = ref
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream, soft, own, mass):
     """Turn a row's exponentials in e into its gradient."""
     target_term, start = 0.0, 0
@@ -2497,7 +2500,7 @@ def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream, soft, own, ma
     _set_target(g, target, gap, target_term, rest, scale, soft, own)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _direct_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Compute the rows of a tile, one after the other."""
     first = item * job.item_rows
@@ -2561,7 +2564,7 @@ def _direct_rows(x_type, job, item, worker, with_grad, soft, stats):
 # ---- Kernels for any strides: a group of rows is transposed into scratch block by block ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fetch(x, row_step, class_step, count, n, out, pitch):
     """Copy n classes of count rows to rows of unit stride, ``pitch`` apart."""
     lanes = _lanes(x)
@@ -2582,14 +2585,14 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
                 _set(out, r * pitch + j, _get(x, r * row_step + j * class_step))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fetch_probs(t, job, count, n, out, pitch):
     """Do the same with probabilities, where there are any."""
     if t is not None:
         _fetch(t, job.p_inner, job.p_class, count, n, out, pitch)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _deliver(source, pitch, g, row_step, class_step, count, n):
     """Copy the other way."""
     lanes = _lanes(g)
@@ -2610,13 +2613,13 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
                 _set(g, r * row_step + j * class_step, _get(source, r * pitch + j))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _second(x, block):
     """Return the half of a group's scratch that rows' probabilities, or terms, are in."""
     return _at(block, _most_rows(x) * _PITCH)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_group(x, job, row, count, n, first_class, states, parts, refs, block, t_at, soft, stats):
     """Read n classes of count rows; note what the terms of each block are relative to.
 
@@ -2642,7 +2645,7 @@ def _read_group(x, job, row, count, n, first_class, states, parts, refs, block, 
                 refs[r * n_blocks + b] = ref
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_group(x, job, row, count, n, first_class, states, parts, refs, block, t_at, g, soft):
     """Write n classes of the gradient of count rows, from terms computed as they were when read.
 
@@ -2691,7 +2694,7 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
         _deliver(block, _PITCH, at, job.g_inner, job.g_class, count, size)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _start_group(x, job, row, count, states, parts):
     """Clear the states of rows and note their targets' logits; return how many are ignored."""
     ignored = 0
@@ -2706,7 +2709,7 @@ def _start_group(x, job, row, count, states, parts):
     return ignored
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _finish_group(x, job, row, count, states, parts, soft, stats):
     """Store losses and statistics of rows that have been read; return how many are not valid."""
     n_bad = 0
@@ -2721,7 +2724,7 @@ def _finish_group(x, job, row, count, states, parts, soft, stats):
     return n_bad
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _strided_rows(x_type, job, item, worker, with_grad, soft, stats):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
@@ -2750,27 +2753,27 @@ def _strided_rows(x_type, job, item, worker, with_grad, soft, stats):
 # ---- Kernels for very long rows: a work item is a part of a row, so that threads share it ----
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _most_rows(x):
     """How many rows are a group, at most: a block of them in 1 MiB."""
     return min(_TALL, 1024 // _size(x, 1))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _rows_of(x, job, first, last, soft):
     """How many rows from ``first`` on are a group: they are one step apart."""
     most = _most_rows(x) // _by_targets(soft, 2, 1)
     return min(most, last - first, job.inner - (job.first_row + first) % job.inner)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _groups_in(x, job, item):
     """Part of the rows, and the first row, of an item: a tile's worth of rows in one part."""
     item, part = divmod(item, job.n_parts)
     return part, item * job.item_rows, min((item + 1) * job.item_rows, job.n_rows)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_part(x_type, job, item, worker, soft, stats):
     part, row, last = _groups_in(x_type, job, item)
     first_class = part * _PART
@@ -2807,7 +2810,7 @@ def _read_part(x_type, job, item, worker, soft, stats):
     return 0
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _merge(state, other, unit, soft, stats):
     """Add the state of a later part of a row."""
     if other[_M] > state[_M]:
@@ -2846,7 +2849,7 @@ def _merge(state, other, unit, soft, stats):
     _add_to(state, _TOTAL, total, carry)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _merge_parts(x_type, job, item, worker, soft, stats):
     """Merge the states of each row's parts, in order, into the first, and finish the rows."""
     scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
@@ -2867,7 +2870,7 @@ def _merge_parts(x_type, job, item, worker, soft, stats):
     return _by_targets(soft, n_bad, n_ignored)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _write_part(x_type, job, item, worker, soft):
     part, row, last = _groups_in(x_type, job, item)
     first_class = part * _PART
@@ -2902,7 +2905,7 @@ def _write_part(x_type, job, item, worker, soft):
 _LANES_WORK = _NARROW * _GROUP
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fetch_lanes(x, row_step, class_step, count, n, work):
     """Copy count rows to ``work``, one vector for each class."""
     lanes = _lanes(x)
@@ -2926,14 +2929,14 @@ def _fetch_lanes(x, row_step, class_step, count, n, work):
                 _set(work, c * lanes + r, _get(x, min(r, count - 1) * row_step + c * class_step))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _fetch_lanes_of_probs(t, job, count, n, work):
     """Do the same with probabilities, where there are any."""
     if t is not None:
         _fetch_lanes(t, job.p_inner, job.p_class, count, n, work)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _deliver_lanes(work, g, row_step, class_step, count, n):
     """Copy the other way."""
     lanes = _lanes(g)
@@ -2957,7 +2960,7 @@ def _deliver_lanes(work, g, row_step, class_step, count, n):
                 _set(g, r * row_step + c * class_step, _get(work, c * lanes + r))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats):
     """Return the statistics that are wanted of rows in the lanes of logits and exponentials."""
     lanes, unit = _lanes(x), _splat_double(x, _sum_unit(x))
@@ -2983,7 +2986,7 @@ def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, 
     return _found(stats, m, target_logit, _as_doubles(tops), _as_doubles(ahead), spread, squares)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
@@ -3057,7 +3060,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
     return counted
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _plain_lanes(x_type, job, x, row, count, n, saved, work, soft):
     """Compute the gradient of rows with a large scale from their logits."""
     lanes = _lanes(x)
@@ -3095,7 +3098,7 @@ _if_grad, _if_soft, _if_stats = map(_if_wanted, ("grad", "soft", "stats"))
 _if_probs, _if_weight = map(_if_wanted, ("probs", "weight"))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _soft_of(call, job):
     probs, weight = _pointer_like(job.probs, call), _reals_like(job.weight, call)
     soft = _Soft(

@@ -28,6 +28,7 @@ from fastce._backends.numba import (
     _DTYPES,
     _FETCHED,
     _HALVES,
+    _INNER,
     _JOB_WORDS,
     _LN2_HI,
     _LN2_LO,
@@ -446,7 +447,7 @@ def _added(total: _Value, carry: _Value, summands: list[_Value], bits: int) -> t
     return total, carry
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _binary_tile(x_type, job, item, worker, from_logits, weighted, with_grad):
     first = item * BINARY_TILE
     end = min(first + BINARY_TILE, job.n)
@@ -490,7 +491,7 @@ def _write_information(p, out, job, i, left):
     return some.count(v.compare("<", 0.0, or_nan=True))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _information_tile(x_type, job, item):
     first = item * BINARY_TILE
     end = min(first + BINARY_TILE, job.n)
@@ -589,7 +590,7 @@ def _count_nans(v, n):
     return _Some(n, v.lanes, _first(v, n)).count(v.compare("uno", v))
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _is_invalid(p, p_step, q, q_step, n):
     for j in range(n):
         if not (_get(p, j * p_step) >= 0.0 and _get(q, j * q_step) >= 0.0):
@@ -597,14 +598,14 @@ def _is_invalid(p, p_step, q, q_step, n):
     return 0
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _add_lanes(sums, i, total, carry):
     s, c = _sum_lanes(total, carry)
     sums[i], error = _two_sum_of(sums[i], s)
     sums[i + 1] += c + error
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_classes(p, q, kl, n, job, sums):
     """Add n classes to a row's sums."""
     lanes = _lanes(p)
@@ -623,7 +624,7 @@ def _sum_classes(p, q, kl, n, job, sums):
         _add_lanes(sums, 4, q_t, q_c)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _classes(x, direct, start, row_step, class_step, count, n, block):
     """Return where n classes of rows lie side by side, rows _PITCH apart: in ``block``, or here."""
     if direct:  # and one row
@@ -632,7 +633,7 @@ def _classes(x, direct, start, row_step, class_step, count, n, block):
     return block
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _measure_rows(x_type, job, item, worker, with_q, kl):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
@@ -671,7 +672,7 @@ def _measure_rows(x_type, job, item, worker, with_q, kl):
     return bad
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _narrow_measure_rows(x_type, job, item, worker, with_q, kl):
     """Rows of few classes: lanes are rows."""
     first = item * job.item_rows
@@ -815,7 +816,7 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_car
     return value
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
     """Add n classes of a row to its sums; their exponentials are relative to p_ref and q_ref."""
     lanes = _lanes(x)
@@ -831,7 +832,7 @@ def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
     _add_scaled(sums, 2, q_t, q_c, q_ref, q_m)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _sum_ratios(x, y, e, n, sums, p_m, p_ref):
     lanes = _lanes(x)
     high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
@@ -844,7 +845,7 @@ def _sum_ratios(x, y, e, n, sums, p_m, p_ref):
     _add_scaled(sums, 0, t, c, p_ref, p_m)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _add_scaled(sums, i, totals, carries, ref, m):
     total, carry = _sum_lanes(totals, carries)
     total, carry = _scale_sum(total, carry, ref, m)
@@ -852,14 +853,14 @@ def _add_scaled(sums, i, totals, carries, ref, m):
     sums[i + 1] += carry + error
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _rest_of(x, state):
     """Return the sum of exponentials of a row that has been read, but for one maximum's."""
     total, carry = _scale_sum(state[_TOTAL], state[_CARRY], state[_REF], state[_M])
     return (total + carry) * _sum_unit(x) + (state[_TIES] - 1.0)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, mean):
     """Sum the divergences of count rows that have been read or, with ``mean``, their p d."""
     n, direct, step = job.n_classes, job.rows == 1, job.kept != 0
@@ -890,7 +891,7 @@ def _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_b
                 _sum_ratios(_at(p, at), _at(q, at), e, size, _at(sums, r * _SUMS), p_m, p_ref)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _finish_divergences(x, row, count, sums, p_states, q_states, out):
     """Store the divergences of count rows; return whether one of them needs recentring."""
     again = False
@@ -903,7 +904,7 @@ def _finish_divergences(x, row, count, sums, p_states, q_states, out):
     return again
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _divergence_rows(x_type, job, item, worker):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
@@ -958,7 +959,7 @@ def _divergence_rows(x_type, job, item, worker):
     return 0
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _read_lanes(x, work, terms, n):
     """Return the maxima of rows in lanes, and the sums of their exponentials but for one maximum's."""
     lanes = _lanes(x)
@@ -969,7 +970,7 @@ def _read_lanes(x, work, terms, n):
     return _as_doubles(m), _total_of(totals, carries, ties)
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _excess_of_lanes(x, y, e, f, n, high, low):
     zero, lanes = _splat_double(x, 0.0), _lanes(x)
     p_t, p_c, q_t, q_c = zero, zero, zero, zero
@@ -978,7 +979,7 @@ def _excess_of_lanes(x, y, e, f, n, high, low):
     return p_t, p_c, q_t, q_c
 
 
-@njit(**_OPTIONS)
+@njit(**_INNER)
 def _narrow_divergence_rows(x_type, job, item, worker):
     """Rows of few classes: lanes are rows."""
     first = item * job.item_rows
