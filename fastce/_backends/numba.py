@@ -43,8 +43,8 @@ from numpy.typing import NDArray
 from fastce.kernels import Kernels, Soft, Stats, tile_rows
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}  # strict arithmetic: no fastmath flags
-# Of functions that only kernels call: without the means to call them from Python, kernels compile in 0.77
-# of the time.
+# Of functions that only kernels call: without the means to call them from Python, kernels compile in
+# 0.77 of the time.
 _INNER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _BLOCK = 1024  # classes read at a time: 4 or 8 KiB, which stay in L1 between maximum and sum
