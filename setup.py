@@ -1,6 +1,8 @@
 """Build the one extension module: with OpenMP if the compiler has it, else serial, else not at all."""
 
 import glob
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 from setuptools import Extension, setup
@@ -8,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 # By compiler type: (flags always, flags for OpenMP). No -march: instruction sets beyond the platform's
-# baseline are chosen at run time, function by function (fastce/_native/rows.c). No -ffast-math.
+# baseline are chosen at run time, function by function (fastce/_native/rows_*.c). No -ffast-math.
 _FLAGS = {
     "unix": (
         ["-O2", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
@@ -19,7 +21,19 @@ _FLAGS = {
 
 
 class BuildKernels(build_ext):
-    """Compile with OpenMP, and without it where that fails."""
+    """Compile with OpenMP, and without it where that fails; the C files side by side."""
+
+    def build_extensions(self) -> None:
+        """Build, with a thread for each source; it takes half the time on two cores."""
+        compile_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_one([source], **options), sources))
+            return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension; `optional` turns a failure of both attempts into a warning."""
@@ -38,7 +52,7 @@ setup(
     ext_modules=[
         Extension(
             "fastce._native.kernels",
-            sources=["fastce/_native/kernels.pyx", "fastce/_native/rows.c"],
+            sources=["fastce/_native/kernels.pyx", *sorted(glob.glob("fastce/_native/rows*.c"))],
             depends=glob.glob("fastce/_native/*.inc") + ["fastce/_native/rows.h"],
             include_dirs=["fastce/_native", numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],

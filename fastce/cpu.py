@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-# What each variant of the Cython kernels is compiled for (the target pragmas in _native/rows.c), in
+# What each variant of the Cython kernels is compiled for (the target pragmas in _native/rows_*.c), in
 # NumPy's names for the features.
 _NEEDS = {
     "baseline": (),
