@@ -322,7 +322,7 @@ def main() -> None:
     model = re.sub(r"\(\w+\)", "", cpu.model())
     slug = re.sub(r"[^a-z0-9]+", "-", f"family {model} {args.threads} threads".lower()).strip("-")
     path = _HERE / "results" / f"{slug}.json"
-    whole = args.rows_scale == 1 and not args.only
+    whole = args.rows_scale == 1
     if args.render:
         report = json.loads(path.read_text("utf-8"))
     else:

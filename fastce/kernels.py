@@ -167,8 +167,9 @@ class Kernels(Protocol):
         """Do the whole of a small call, if no argument needs conversion and all targets are classes.
 
         Returns the sum of the losses, or the losses, with the gradient if a scale was given for it, in
-        ``out`` if that is an array; or None, and nothing written, where `fastce.problem.check` has to see the arguments first. Always None but where it
-        saves time: at 8 x 10, checking and preparing takes ten times as long as the rows.
+        ``out`` if that is an array; or None, and nothing written, where `fastce.problem.check` has to
+        see the arguments first. Always None but where it saves time: at 8 x 10, checking and preparing
+        takes ten times as long as the rows.
         """
         return None
 

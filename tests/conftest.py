@@ -60,4 +60,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("worst error against 200 bits, in ULP")
     for (backend, dtype, quantity), (ulp, case) in worst.items():
-        terminalreporter.write_line(f"{backend:16} {dtype:8} {quantity:22} {ulp:5.2f}  {case}")
+        terminalreporter.write_line(f"{backend:16} {dtype:8} {quantity:24} {ulp:5.2f}  {case}")

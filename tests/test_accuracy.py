@@ -54,28 +54,30 @@ def _soft_call(case, kind):
     one_hot = np.arange(n_classes) == case.targets[:, None]
     probs = probabilities(n_rows, n_classes, case.logits.dtype)
     probs[0] = one_hot[0]
-    options = {"soft": {}, "smooth": {"label_smoothing": 0.1}, "weighed": {"label_smoothing": 0.3}}[
-        kind
-    ]
-    if kind == "weighed":
-        options["weight"] = (np.arange(n_classes) % 7 + 1) / 4.0
-    shares = [
-        oracle.shares(t, options.get("weight"), options.get("label_smoothing", 0.0))
-        for t in (one_hot if kind == "smooth" else probs).tolist()
-    ]
+    of_ids, smoothing, weighed = {
+        "soft": (False, 0.0, False),
+        "soft weighed": (False, 0.3, True),
+        "smooth": (True, 0.1, False),
+        "smooth weighed": (True, 0.1, True),
+    }[kind]
+    weight = (np.arange(n_classes) % 7 + 1) / 4.0 if weighed else None
+    shares = [oracle.shares(t, weight, smoothing) for t in (one_hot if of_ids else probs).tolist()]
     losses = [row.soft_loss(q) for row, q in zip(case.rows, shares, strict=True)]
     gradients = [row.soft_gradient(q) for row, q in zip(case.rows, shares, strict=True)]
     return (
-        case.targets if kind == "smooth" else probs,
-        options,
+        case.targets if of_ids else probs,
+        {"label_smoothing": smoothing, "weight": weight},
         oracle.as_pair(losses),
         oracle.as_pair([g for row, _ in gradients for g in row]),
         [term for _, row in gradients for term in row],
     )
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("kind", ["soft", "smooth", "weighed"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in ("soft", "smooth") for dtype in DTYPES]
+    + [(kind, dtype) for kind in ("soft weighed", "smooth weighed") for dtype in ALL_DTYPES],
+)
 def test_targets_of_many_shares(backend, kind, dtype, record_ulp):
     for case in further_cases(dtype):
         targets, options, losses, gradients, larger_terms = _soft_call(case, kind)
@@ -160,6 +162,8 @@ def _divergences(case):
 def test_divergence_of_logits(backend, dtype, record_ulp):
     """A difference of cross-entropy and entropy, but never negative."""
     for case in further_cases(dtype):
+        if case.logits.shape[1] > 100 and not case.name.startswith(("ordinary", "masked", "asc")):
+            continue  # the same code as at 97 classes; mpmath is slow
         for p, q, exact, cross in _divergences(case):
             got = info.kl_divergence_from_logits(p, q, base=None, backend=backend)
             assert not np.signbit(got).any(), case.name
@@ -175,8 +179,8 @@ def _distributions(dtype, base):
     count as equal, what the probabilities add up to.
     """
     found = []
-    for n in (1, 2, 5, 17, 33, 97, 513, 1025):
-        p, q = probabilities(5, n, dtype), probabilities(5, n, dtype, seed=1)
+    for n in (1, 2, 5, 17, 33, 97, 1025):
+        p, q = probabilities(3, n, dtype), probabilities(3, n, dtype, seed=1)
         q[q == 0] = np.asarray(1e-3, dtype)
         near = np.where(np.arange(n) % 3, p, np.nextafter(p, np.asarray(1, dtype)))
         uniform = np.full_like(p, 1 / n)

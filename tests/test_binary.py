@@ -77,10 +77,8 @@ def test_every_combination_is_as_in_pytorch(backend, from_logits, dtype):
         named = f"{weighted=}, {positive=}, {sampled=}, {reduction}, {base=}, {scaled=}"
         if reduction != "none":
             assert type(loss) is type(alone) is float
-            assert loss == alone, named
             loss = np.asarray(loss, "float64" if dtype == "float64" else "float32")
-        else:
-            assert_same_bits(loss, alone, named)
+        assert_near(loss, alone, named)
         assert grad.dtype == dtype
         assert_near(loss, value.detach().numpy(), named, larger_term=2.0)  # as PyTorch computes it
         assert_near(grad, wide.grad.numpy(), named, larger_term=np.abs(wide.grad.numpy()).max())

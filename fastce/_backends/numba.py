@@ -8,8 +8,10 @@ What is different, and why:
   them read as arithmetic.
 - An intrinsic costs next to nothing to compile, a jitted function 30 to 100 ms for each signature. So
   there are few jitted functions, and what is straight-line code is an intrinsic.
-- A kernel is a C function of (logits, job, item, worker), compiled for one dtype when it is first
-  called. The loops over items, serial and parallel, call it by its address: so they compile once.
+- A kernel is a C function of (call, job, item, worker), compiled when it is first called for one dtype
+  and what is wanted of it: a gradient, soft targets, statistics. These are types, so that each
+  kernel holds the code it needs and no other. The loops over items, serial and parallel, call it by its
+  address: so they compile once.
 - Arrays reach the kernels as addresses and strides: one signature, whatever the caller's layout.
 - Helpers are module-level functions: Numba never caches closures on disk.
 - Only gradient rows of 16 KiB to 2^18 classes side by side are stored past the caches; elsewhere that
@@ -23,6 +25,7 @@ import functools
 import inspect
 import math
 import platform
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +40,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 from numpy.typing import NDArray
 
-from fastce.kernels import Kernels, tile_rows
+from fastce.kernels import Kernels, Soft, Stats, tile_rows
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}  # strict arithmetic: no fastmath flags
 
@@ -67,6 +70,11 @@ _BIAS = {32: 127, 64: 1023}
 _MIN_EXPONENT = {32: -126, 64: -1022}
 _SUM_SHIFT = {32: 64, 64: 512}
 _SUM_FLOOR = {32: -131.0, 64: -1060.0}
+# Exponentials are squared as multiples of 2^-_SQUARE_SHIFT, and as if none were below 2^_SQUARE_FLOOR,
+# so that no square leaves the normal numbers; what that adds is below any normal result.
+_SQUARE_SHIFT = {32: 44, 64: 412}
+_SQUARE_FLOOR = {32: -43, 64: -400}
+_LARGEST = {32: float(np.finfo(np.float32).max), 64: float(np.finfo(np.float64).max)}
 # A gradient's factor below the first is lifted by 2^second while it is applied.
 _SMALL = {32: 2.0**-40, 64: 2.0**-300}
 _LIFT = {32: 96, 64: 600}
@@ -95,6 +103,17 @@ class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, of: _Vector) -> None:
         element = manager.lookup(of.dtype).get_value_type()
         super().__init__(manager, of, ir.VectorType(element, of.lanes))
+
+
+class _Call(types.Type):
+    """The type of a kernel's first argument, which is nothing else: a dtype, and what is wanted."""
+
+    def __init__(self, dtype: types.Type, wanted: tuple[str, ...]) -> None:
+        self.dtype, self.wanted = dtype, wanted
+        super().__init__(f"call({dtype}, {' '.join(wanted)})")
+
+
+register_model(_Call)(models.OpaqueModel)
 
 
 class _Value:
@@ -407,6 +426,10 @@ def _several(*results: Any) -> Callable[..., types.Type]:
     return lambda *args: types.Tuple([_result(result, args) for result in results])
 
 
+def _named(cls: Any, *results: Any) -> Callable[..., types.Type]:
+    return lambda *args: types.BaseTuple.from_types([_result(r, args) for r in results], cls)
+
+
 def _result(result: Any, args: Any) -> types.Type:
     made: types.Type = result if isinstance(result, types.Type) else result(*args)
     return made
@@ -422,9 +445,7 @@ def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
             def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
                 operands = map(_operand, [builder] * len(args), values, args)
                 out = emit(*operands)
-                if isinstance(out, tuple):
-                    return context.make_tuple(builder, returned, [v.value for v in out])
-                return context.get_dummy_value() if out is None else out.value
+                return _result_value(context, builder, returned, out)
 
             return returned(*args), codegen
 
@@ -437,12 +458,130 @@ def _emits(result: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def _result_value(context: Any, builder: Any, kind: types.Type, out: Any) -> Any:
+    if isinstance(out, tuple):
+        values = [_result_value(context, builder, k, v) for k, v in zip(kind, out, strict=True)]
+        return context.make_tuple(builder, kind, values)
+    return context.get_dummy_value() if out is None else out.value
+
+
 def _operand(builder: Any, value: Any, kind: types.Type) -> Any:
     if isinstance(kind, types.NoneType):
         return None
     if isinstance(kind, types.CPointer):
         return _Pointer(builder, value, kind.dtype)
+    if isinstance(kind, types.BaseNamedTuple):
+        values = cgutils.unpack_tuple(builder, value, len(kind))
+        operands = [_operand(builder, v, k) for v, k in zip(values, kind, strict=True)]
+        return kind.instance_class(*operands)
     return _Value(builder, value)
+
+
+# ---- Numbers that go together; a field may be None, and then takes no instruction ----
+
+
+class _Soft(NamedTuple):
+    """Soft targets: class j has the share w_j * (alpha * t_j + beta).
+
+    Class ids have no t. What is summed of them are shares of w_j, of which ``unit`` counts, and
+    then the target has ``id_share`` * w_t more. Of probabilities, they are 1 and 0.
+    """
+
+    t: Any  # pointers to a row's probabilities, to the classes' weights; or None
+    w: Any
+    alpha: Any
+    beta: Any
+    unit: Any
+    id_share: Any
+
+
+class _Shares(NamedTuple):
+    """To add to `_ShareSums`: the shares of classes, with the maximum so far, m."""
+
+    soft: Any
+    m: Any
+    top: Any
+
+
+class _ShareSums(NamedTuple):
+    """Sums of share * (m - x) * `_gap_unit`, of the shares, and of those below ``top``; the least t."""
+
+    linear: Any
+    linear_carry: Any
+    mass: Any
+    mass_carry: Any
+    below: Any
+    below_carry: Any
+    least: Any
+
+
+class _Spread(NamedTuple):
+    """To add to `_Sum`: the exponentials in e, times m - x."""
+
+    e: Any
+    m: Any
+
+
+class _Squares(NamedTuple):
+    """To add to `_Sum`: the squares of the exponentials in e."""
+
+    e: Any
+
+
+class _Sum(NamedTuple):
+    total: Any
+    carry: Any
+
+
+class _Found(NamedTuple):
+    """Statistics of rows, all double."""
+
+    m: Any  # NaN if the row holds one
+    target_logit: Any
+    top: Any
+    ahead: Any
+    spread: Any
+    squares: Any
+
+
+class _Factor(NamedTuple):
+    """What turns exponentials into gradients; see `_factor`."""
+
+    hi: Any
+    lo: Any
+    down: Any
+    least: Any
+
+
+class _Own(NamedTuple):
+    """What else the gradients of soft targets need, row by row.
+
+    Shares times the scale are w * (alpha * t + beta); a t below ``least_t`` counts as 0. An exponential
+    of more than ``top`` is the maximum's, whose gradient is ``own``; ``target`` is that of a class id.
+    """
+
+    alpha: Any
+    beta: Any
+    least_t: Any
+    top: Any
+    own: Any
+    target: Any
+
+
+class _SoftFactor(NamedTuple):
+    """What turns exponentials into gradients where targets are soft."""
+
+    factor: Any
+    own: Any
+    t: Any
+    w: Any
+
+
+class _Log(NamedTuple):
+    """What turns logits into logarithms of probabilities: the row's maximum, and log of its sum."""
+
+    m: Any
+    log_total: Any
 
 
 # ---- Arithmetic: of scalars and vectors alike ----
@@ -479,6 +618,11 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     return _fma(t, power, power), d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
 
 
+def _lost(total: _Value, s: _Value) -> _Value:
+    """Return what the sum of 1 and s >= 0 rounded away."""
+    return s.compare("<", 1.0).select(s - (total - 1.0), 1.0 - (total - s))
+
+
 def _log1p(s: _Value, bits: int) -> _Value:
     """log(1 + s) of doubles >= 0; good to 2^-28 where the result is rounded to 32 bits."""
     u = s + 1.0
@@ -497,8 +641,7 @@ def _log1p(s: _Value, bits: int) -> _Value:
         fix = s.of(0.0)
     else:
         q = f / (f + 2.0)
-        lost = s.compare("<", 1.0).select(s - (u - 1.0), 1.0 - (u - s))
-        fix = near.select(0.0, lost / u)
+        fix = near.select(0.0, _lost(u, s) / u)
     z = q * q
     tail = z.of(first)
     for coefficient in others:
@@ -547,8 +690,25 @@ _int64s = _cast(lambda like: types.int64)
 
 @_emits(_same)
 def _at(pointer, offset):
-    pointer.value = pointer.builder.gep(pointer.value, [offset.value])
+    if pointer:
+        pointer.value = pointer.builder.gep(pointer.value, [offset.value])
     return pointer
+
+
+def _unless(first: types.Type, made: Any) -> types.Type:
+    """Return none where the first argument is None."""
+    return types.none if isinstance(first, types.NoneType) else made
+
+
+@_emits(lambda given, value: _unless(given, value))
+def _if_given(given, value):
+    """Return a value where something is given, else None."""
+    return given and value
+
+
+@_emits(lambda a, b, value: value if _unless(a, value) == value else _unless(b, value))
+def _if_either(a, b, value):
+    return (a or b) and value
 
 
 @_emits(lambda pointer, *_: _computed(pointer.dtype))
@@ -712,6 +872,14 @@ def _larger_of(a, b):
     return _larger(a, b)
 
 
+@_emits(types.float64)
+def _least_lane(v):
+    while v.lanes > 1:
+        low, high = v.halves()
+        v = low.compare("<", high).select(low, high)
+    return v.lane(0).double()
+
+
 @_emits(_vector)
 def _larger_strip(x, i, top):
     """Return the largest of ``top`` and eight vectors from i on, lane by lane."""
@@ -806,13 +974,105 @@ def _plus(a, b):
     return a + b
 
 
-@_emits(_several(_same, _same))
-def _add(total, carry, part):
+@_emits(_same)
+def _times(a, b):
+    return a * b
+
+
+def _added(total: _Value, carry: _Value, part: _Value) -> tuple[_Value, _Value]:
     """Add to a sum of doubles, where float32 has 29 bits to spare; float64 carries its errors."""
     if part.bits == 32:
         return total + part.double(), carry
     total, error = _two_sum(total, part)
     return total, carry + error
+
+
+_add = _emits(_several(_same, _same))(_added)
+
+
+def _dot(a: _Value, b: _Value, lanes: int) -> _Value:
+    """Add products, down to one vector of so many lanes."""
+    if a.lanes == lanes:
+        return a * b
+    (a, c), (b, d) = a.halves(), b.halves()
+    return _folded([_fma(c, d, a * b)], lanes)
+
+
+def _additions(count: int) -> Any:
+    """Make the step that reads ``count`` vectors of classes and adds to sums what they are to."""
+
+    @_emits(lambda x, i, what, sums: sums)
+    def add(x, i, what, sums):
+        return _summed(x, i, what, sums, lambda p: p.load(i, count * p.lanes), None)
+
+    return add
+
+
+_add8, _add4, _add1 = map(_additions, (8, 4, 1))
+
+
+@_emits(lambda x, i, left, what, sums: sums)
+def _add_end(x, i, left, what, sums):
+    """Do the same with the last classes of a row, fewer than a vector holds."""
+    mask = _first(x, left)
+    return _summed(x, i, what, sums, lambda p: p.load_where(mask, i, 0.0), mask)
+
+
+def _summed(x: _Pointer, i: _Value, what: Any, sums: Any, load: Any, mask: _Value | None) -> Any:
+    if isinstance(what, _Squares):
+        e = load(what.e)
+        bits = e.bits
+        floor = 2.0 ** _SQUARE_FLOOR[bits]
+        e = e.compare(">", floor).select(e, floor) * 2.0 ** (_SQUARE_SHIFT[bits] - _SUM_SHIFT[bits])
+        return _Sum(*_added(*sums, _dot(e, e, x.lanes)))
+    v = load(x)
+    if isinstance(what, _Spread):
+        d = what.m.repeated(v.lanes) - v
+        d = d.compare("<", _LARGEST[d.bits]).select(d, _LARGEST[d.bits])  # the exponential of -inf is 0
+        return _Sum(*_added(*sums, _dot(load(what.e), d, x.lanes)))
+    return _summed_shares(x, i, v, what, sums, load, mask)
+
+
+def _summed_shares(
+    x: _Pointer, i: _Value, v: _Value, what: _Shares, sums: _ShareSums, load: Any, mask: _Value | None
+) -> _ShareSums:
+    soft, tiny, least = what.soft, 2.0 ** _MIN_EXPONENT[v.bits], sums.least
+    t, w = (p and load(p) for p in (soft.t, soft.w))
+    for line in range(v.lanes // x.lanes if t else 0):
+        soft.t.prefetch(i + (_BLOCK + line * x.lanes))
+    share = w or v.of(1.0)
+    if t:
+        for part in [t.shuffled(t, list(range(k, k + x.lanes))) for k in range(0, t.lanes, x.lanes)]:
+            least = part.compare("<", least).select(part, least)
+        t = _normal(t, tiny)
+        share = _fma(t, soft.alpha.rounded(v.bits), soft.beta.rounded(v.bits))
+        share = share * w if w else share
+    if mask:
+        share = mask.select(share, 0.0)
+    # a share that is 0, or not a normal number, counts for nothing, also where x is -inf
+    unit = _gap_unit(soft)
+    gap = _fma(v, -unit, (what.m * unit).repeated(v.lanes))
+    gap = share.compare(">=", tiny, or_nan=True).select(gap, 0.0)
+    linear = _added(sums.linear, sums.linear_carry, _dot(share, gap, x.lanes))
+    mass = _added(sums.mass, sums.mass_carry, _folded([share], x.lanes))
+    below = sums.below, sums.below_carry
+    if what.top:
+        share = v.compare("<", what.top.repeated(v.lanes)).select(share, 0.0)
+        below = _added(*below, _folded([share], x.lanes))
+    return _ShareSums(*linear, *mass, *below, least)
+
+
+def _gap_unit(soft: _Soft) -> float:
+    """Return what multiplies m - x, so that neither it nor sums of it overflow if the loss does not.
+
+    Probabilities may be as small as normal numbers are, and so must be their products.
+    """
+    return 0.5 if soft.t else 2.0**-24
+
+
+def _normal(t: _Value, least: Any) -> _Value:
+    """Replace what is less by 0: products of numbers that are not normal cost 100 cycles."""
+    return t.compare(">=", least, or_nan=True).select(t, 0.0)
 
 
 @_emits(_several(_same, _same))
@@ -821,13 +1081,30 @@ def _add_exactly(total, carry, part):
     return total, carry + error
 
 
-@_emits(_several(types.float64, types.float64))
-def _sum_lanes(total, carry):
+def _summed_lanes(total: _Value, carry: _Value) -> tuple[_Value, _Value]:
     while total.lanes > 1:
         low, high = carry.halves()
         total, error = _two_sum(*total.halves())
         carry = low + high + error
     return total.lane(0), carry.lane(0)
+
+
+_sum_lanes = _emits(_several(types.float64, types.float64))(_summed_lanes)
+
+
+@_emits(_several(types.float64, types.float64))
+def _sum_of_terms(total, carry):
+    """Return the same for sums of terms, all positive: those of float32 carry nothing."""
+    if total.lanes == _lanes_of(types.float32):
+        total = _folded([total], 1).lane(0)
+        return total, total.of(0.0)
+    return _summed_lanes(total, carry)
+
+
+@_emits(_same)
+def _closed(total, carry):
+    """Return a sum and its carry in one number; inf has none."""
+    return total.compare("<", math.inf).select(total + carry, total)
 
 
 @_emits(types.float64)
@@ -867,6 +1144,76 @@ def _loss(x, gap, error, rest):
     return gap + (error + _log1p(rest, _bits_of(x)))
 
 
+@_emits(lambda x, gap, *_: gap)
+def _soft_loss(x, gap, rest, linear, mass):
+    return _if_finite(gap, linear + mass * _log1p(rest, _bits_of(x)))
+
+
+@_emits(lambda soft, gap, *_: types.UniTuple(_unless(soft, gap), 3))
+def _mass_of(soft, gap, linear, mass, below, w):
+    """Return the part of rows' losses that is linear in the logits, and two sums of their shares.
+
+    That of all, and that of all classes but the maximum, if it has more than half of the probability; w
+    are the targets' weights.
+    """
+    if not soft:
+        return None, None, None
+    share = soft.id_share * w
+    own = share.compare("==", 0.0).select(0.0, share * gap)  # 0 also where gap is infinite
+    linear = soft.unit * linear / _gap_unit(soft) + own
+    others = soft.unit * below + gap.compare(">", 0.0).select(share, 0.0)
+    return linear, soft.unit * mass + share, others
+
+
+@_emits(_same)
+def _weighed(loss, weight):
+    """Multiply by weights; one of 0 makes inf 0, but leaves a NaN."""
+    none = weight.compare("==", 0.0) & loss.compare("ord", loss)
+    return none.select(0.0, loss * weight)
+
+
+@_emits(types.float64)
+def _rise(soft, m, former):
+    """Return what m - x grows by, in its unit."""
+    return m * _gap_unit(soft) - former * _gap_unit(soft)
+
+
+@_emits(types.float64)
+def _weight_of(soft, i):
+    return soft.w.load(i, 0).double() if soft.w else soft.unit.of(1.0)
+
+
+def _soft_like(soft: Any, t: types.Type, *_: Any) -> types.Type:
+    if isinstance(soft, types.NoneType):
+        return soft
+    return types.BaseTuple.from_types([_unless(soft.types[0], t), *soft.types[1:]], _Soft)
+
+
+@_emits(_soft_like)
+def _soft_with(soft, t, first):
+    """Return the same from class ``first`` on, whose probability, if there is one, is at t."""
+    if soft and soft.w:
+        soft.w.value = soft.w.builder.gep(soft.w.value, [first.value])
+    return soft and soft._replace(t=soft.t and t)
+
+
+@_emits(lambda soft: _unless(soft, soft) if isinstance(soft, types.NoneType) else soft.types[0])
+def _probs_of(soft):
+    return soft and soft.t
+
+
+@_emits(lambda soft, target: target)
+def _class_id(soft, target):
+    """Return the target, or -1 where targets are probabilities."""
+    return target.of(-1) if soft and soft.t else target
+
+
+@_emits(types.int64)
+def _by_targets(soft, of_probs, of_ids):
+    """Return one of two numbers: what holds where targets are probabilities, or class ids."""
+    return of_probs if soft and soft.t else of_ids
+
+
 # ---- Intrinsics: the gradient ----
 
 
@@ -889,19 +1236,23 @@ def _factor(bits: int, scale: _Value, rest: _Value, drop: _Value, again: _Value,
         lo = hi.of(0.0)
     else:
         # what the sum and the quotient rounded away, relative to the quotient
-        lost = rest.compare("<", 1.0).select(rest - (total - 1.0), 1.0 - (total - rest))
-        lo = hi * (((-unit).call("fma", total, scale) / unit - lost) / total + error)
+        lost = ((-unit).call("fma", total, scale) / unit - _lost(total, rest)) / total
+        lo = hi * (lost + error)
         lo = unit.compare("==", 0.0).select(0.0, lo)
     hi, lo, down = (v.rounded(bits) for v in (hi, lo, down))
     tiny = small.select(hi.of(2.0 ** (_MIN_EXPONENT[bits] + lift)), 2.0 ** _MIN_EXPONENT[bits])
     return hi, lo, down, tiny / hi.call("fabs")
 
 
+def _others(gap: _Value, e: _Value, rest: _Value) -> _Value:
+    """Return the sum of all exponentials but the target's, e."""
+    # Where the target is not the maximum, the maximum's 1 stays: the difference cannot cancel.
+    return gap.compare(">", 0.0).select((rest + 1.0) - e, rest)
+
+
 def _minus_others(gap: _Value, e: _Value, rest: _Value, scale: _Value, bits: int) -> _Value:
-    """Minus the sum of the others; e is exp of the target's logit minus the maximum."""
-    total = rest + 1.0
-    # Where the target is not the maximum, the maximum's 1 stays: total - e cannot cancel.
-    others = gap.compare(">", 0.0).select(total - e, rest)
+    """Minus the sum of the others' probabilities, times the scale."""
+    total, others = rest + 1.0, _others(gap, e, rest)
     # `_factor` divides scale by total anyway; in double it is not exact enough where others == total
     share = scale / total * others if bits == 32 else scale * (others / total)
     return 0.0 - share  # 0 - 0 is not -0
@@ -919,30 +1270,55 @@ def _real_of(pointer: Any, *_: Any) -> types.Type:
     return _computed(pointer.dtype)
 
 
-@_emits(_several(_real_of, _real_of, _real_of, _real_of))
+def _real_like(pointer: Any, like: Any, *_: Any) -> types.Type:
+    """Return what is computed in: a number or, if ``like`` is one, a vector."""
+    return _vector(pointer) if isinstance(like, _Vector) else _computed(pointer.dtype)
+
+
+@_emits(_named(_Factor, _real_of, _real_of, _real_of, _real_of))
 def _row_factor(e, scale, rest, drop, again, error):
-    return _factor(_bits_of(e), scale, rest, drop, again, error)
+    return _Factor(*_factor(_bits_of(e), scale, rest, drop, again, error))
 
 
-def _scales(count: int, past_caches: bool = False) -> Any:
-    """Make the step that turns ``count`` vectors of exponentials into gradients."""
+def _written(v: _Value, how: Any, load: Any) -> _Value:
+    """Return what becomes of an exponential or, for `_Log`, of a logit."""
+    if isinstance(how, _Factor):
+        return _gradient(v, how)
+    if isinstance(how, _Log):
+        d, error = _two_sum(v, -v.of(how.m))
+        return d + (d.compare(">", -math.inf).select(error, 0.0) - how.log_total)
+    own, t, w = how.own, *(p and load(p) for p in (how.t, how.w))
+    share = v.of(own.beta)
+    if t:
+        share = _fma(_normal(t, own.least_t), own.alpha, own.beta)
+    share = share * w if w else share
+    return v.compare(">", own.top).select(own.own, _gradient(v, how.factor) - share)
+
+
+def _writes(count: int, past_caches: bool = False) -> Any:
+    """Make the step that turns ``count`` vectors into gradients or the like."""
 
     @_emits(_none)
-    def scale_strip(e, i, hi, lo, down, least, g):
-        exps = [e.load(i + k * e.lanes) for k in range(count)]
-        for k, v in enumerate(exps):
-            g.store(i + k * e.lanes, _gradient(v, (hi, lo, down, least)), past_caches)
+    def write_strip(e, i, how, g):
+        places = [i + k * e.lanes for k in range(count)]
+        found = [_written(e.load(at), how, lambda p, at=at: p.load(at)) for at in places]
+        for at, v in zip(places, found, strict=True):
+            g.store(at, v, past_caches)
 
-    return scale_strip
+    return write_strip
 
 
-_scale4, _scale1, _scale4_past_caches = _scales(4), _scales(1), _scales(4, past_caches=True)
+_write4, _write1, _write4_past_caches = _writes(4), _writes(1), _writes(4, past_caches=True)
 
 
 @_emits(_none)
-def _scale_some(e, i, n, hi, lo, down, least, g):
+def _write_some(e, i, n, how, g):
     mask = _first(e, n)
-    g.store_where(mask, i, _gradient(e.load_where(mask, i, 0.0), (hi, lo, down, least)))
+
+    def load(p: _Pointer) -> _Value:
+        return p.load_where(mask, i, 0.0)
+
+    g.store_where(mask, i, _written(load(e), how, load))
 
 
 @_emits(lambda kept, g, direct: types.CPointer(_computed(kept.dtype)))
@@ -957,6 +1333,73 @@ def _terms_place(kept, g, direct):
 def _target_gradient(gap, e, rest, scale):
     """Minus the sum of the others; e is exp of the target's logit minus the maximum."""
     return _minus_others(gap, e, rest, scale, 64)
+
+
+# A maximum with a probability of more than 1 / 1.9 is told from the others by its exponential: theirs
+# sum to less than 0.9. From there to 1/2 the plain difference is as good, within twice the rounding.
+_MOST_REST, _LEAST_TOP = 0.9, 0.95
+
+
+@_emits(lambda x, soft, scale, *_: _unless(soft, _named(_Own, *[_real_like] * 6)(x, scale)))
+def _own_parts(x, soft, scale, gap, e, rest, mass, others, w):
+    """Return what the gradients of rows need; e is exp of the target's logit minus the maximum."""
+    if not soft:
+        return None
+    bits, scale = _bits_of(x), _if_finite(gap, scale)
+    total, share = rest + 1.0, soft.id_share * w
+    alone = rest.compare("<", _MOST_REST)
+    own = scale * (others - mass * (rest / total)) + 0.0  # not -0
+    target = scale * (mass * (e / total) - (soft.unit * w + share)) + 0.0
+    target = (alone & gap.compare("==", 0.0)).select(own, target)
+    alpha, beta = (scale * v for v in (soft.alpha, soft.beta))
+    least_t = scale.of(2.0 ** _MIN_EXPONENT[bits]) / alpha.call("fabs")
+    top = alone.select(scale.of(_LEAST_TOP * 2.0 ** _SUM_SHIFT[bits]), math.inf)
+    return _Own(*(v.rounded(bits) for v in (alpha, beta, least_t, top, own, target)))
+
+
+@_emits(lambda own, drop, again: own)
+def _own_in_block(own, drop, again):
+    """Return the same where exponentials are to be multiplied by drop * again."""
+    return own and own._replace(top=(own.top.double() / drop / again).rounded(own.top.bits))
+
+
+@_emits(lambda soft, factors, *_: _unless(soft, _named(_Own, *[_real_of] * 6)(factors)))
+def _own_in_slots(soft, factors, r, step):
+    """Return the same from where it has been noted."""
+    return soft and _Own(*(factors.load(r + step * i, 0) for i in range(6)))
+
+
+@_emits(lambda scale, mass: scale)
+def _times_mass(scale, mass):
+    return scale * mass if mass else scale
+
+
+def _how_type(factor: Any, own: Any, soft: Any) -> types.Type:
+    if isinstance(own, types.NoneType):
+        made: types.Type = factor
+        return made
+    return types.BaseTuple.from_types([factor, own, *soft.types[:2]], _SoftFactor)
+
+
+@_emits(_how_type)
+def _how(factor, own, soft):
+    """Return what turns exponentials into gradients, be targets soft or not."""
+    return _SoftFactor(factor, own, soft.t, soft.w) if own else factor
+
+
+@_emits(types.float64)
+def _share(soft, t_at, w_at):
+    share = soft.beta
+    if soft.t:
+        share = soft.alpha * soft.t.load(t_at, 0).double() + share
+    return share * soft.w.load(w_at, 0).double() if soft.w else share
+
+
+@_emits(lambda x, m, *_: _named(_Log, *[_real_like] * 2)(x, m))
+def _log_parts(x, m, gap, rest):
+    bits = _bits_of(x)
+    log_total = gap.compare("ord", gap).select(_log1p(rest, bits), math.nan)
+    return _Log(m.rounded(bits), log_total.rounded(bits))
 
 
 @_emits(types.int64)
@@ -974,23 +1417,113 @@ def _fence(pointer):
     pointer.builder.fence("seq_cst")
 
 
-# ---- Intrinsics: ranks ----
+# ---- Intrinsics: statistics ----
 
 
 def _counts(operator: str) -> Any:
-    @_emits(_doubles)
-    def count(x, i, pivot, counts):
-        return x.load(i).compare(operator, pivot).select(counts + 1.0, counts)
+    """Make the steps that count logits in 64 lanes, in one vector, and in the last lanes of a row."""
 
-    @_emits(_doubles)
-    def count_end(x, i, left, pivot, counts):
-        v = x.load_where(_first(x, left), i, math.nan)
-        return v.compare(operator, pivot).select(counts + 1.0, counts)
+    @_emits(types.int64)
+    def count_strip(x, i, pivot):
+        return _size_of(x.load(i, 64).compare(operator, pivot.repeated(64)))
 
-    return count, count_end
+    @_emits(types.int64)
+    def count_one(x, i, pivot):
+        return _size_of(x.load(i).compare(operator, pivot))
+
+    @_emits(types.int64)
+    def count_end(x, i, left, pivot):
+        return _size_of(x.load_where(_first(x, left), i, math.nan).compare(operator, pivot))
+
+    return count_strip, count_one, count_end
 
 
-(_count_ahead, _count_ahead_end), (_count_tied, _count_tied_end) = map(_counts, (">", ">="))
+_count_ahead, _count_one_ahead, _count_end_ahead = _counts(">")
+_count_tied, _count_one_tied, _count_end_tied = _counts(">=")
+
+
+def _lane_bits(mask: _Value) -> _Value:
+    bits = _Value(mask.builder, mask.builder.bitcast(mask.value, ir.IntType(mask.lanes)))
+    return bits.as_type("zext", ir.IntType(64))
+
+
+def _size_of(mask: _Value) -> _Value:
+    return _lane_bits(mask).call("ctpop")
+
+
+@_emits(types.int64)
+def _equal_lanes(x, i, value):
+    """Return which of a vector's logits equal a value: one bit each."""
+    return _lane_bits(x.load(i).compare("==", value))
+
+
+@_emits(types.int64)
+def _equal_lanes_end(x, i, left, value):
+    mask = _first(x, left)
+    return _lane_bits(mask & x.load_where(mask, i, 0.0).compare("==", value))
+
+
+@_emits(types.int64)
+def _lowest_bit(bits):
+    return ((bits & (0 - bits)) - 1).call("ctpop")
+
+
+@_emits(_doubles)
+def _lse(x, m, gap, rest):
+    """Return the logarithm of the sum of exp; in rows that are not finite the maximum, or NaN."""
+    return gap.compare("ord", gap).select(m + _log1p(rest, _bits_of(x)), m)
+
+
+def _if_finite(gap: _Value, value: _Value) -> _Value:
+    return gap.compare("ord", gap).select(value, math.nan)
+
+
+@_emits(_doubles)
+def _entropy(x, gap, rest, spread):
+    return _if_finite(gap, _log1p(rest, _bits_of(x)) + spread / (rest + 1.0))
+
+
+@_emits(_doubles)
+def _brier(x, gap, rest, squares):
+    """Return the sum of the squares of the others' probabilities, and of their sum."""
+    total = rest + 1.0
+    term, counts = _term(-gap, gap.of(0.0))
+    e = counts.select(term, 0.0) * 2.0 ** -_SUM_SHIFT[64]
+    others = _others(gap, e, rest)
+    # a quotient of sums that keep what they round away: half of the error would come from here
+    square, divisor = others * others, total * total
+    dividend, left = _two_sum(square, squares)
+    left = left + others.call("fma", others, -square)
+    more = total.call("fma", total, -divisor) + 2.0 * total * _lost(total, rest)
+    quotient = dividend / divisor
+    left = (-quotient).call("fma", divisor, dividend) + (left - quotient * more)
+    return _if_finite(gap, quotient + left / divisor)
+
+
+@_emits(_doubles)
+def _max_prob(x, gap, rest):
+    return _if_finite(gap, 1.0 / (rest + 1.0))
+
+
+@_emits(types.float64)
+def _square_unit(pointer):
+    shift = _SQUARE_SHIFT[_bits_of(pointer)]
+    return _Value(pointer.builder, ir.DoubleType()(2.0 ** (-2 * shift)))
+
+
+@_emits(_none)
+def _store_number(pointer, i, n, kept, value):
+    """Store numbers of the first n lanes, NaN in rows that are not kept."""
+    value = value.rounded(pointer.dtype.bitwidth)
+    pointer.store_where(_first(pointer, n), i, kept.select(value, math.nan))
+
+
+@_emits(_none)
+def _store_id(x, pointer, i, n, kept, gap, value):
+    """Store class ids or ranks, -1 in rows that are not kept or have a loss of NaN."""
+    good = kept & gap.compare("ord", gap)
+    ids = good.select(value, -1.0).as_type("fptosi", ir.IntType(64))
+    pointer.store_where(_first(x, n), i, ids)
 
 
 # ---- Intrinsics: rows as lanes ----
@@ -1006,9 +1539,22 @@ def _read_targets(x, targets, i, count, n):
     mask = _first(x, count)
     t = targets.load_where(mask, i, -1)
     kept = t.compare(">=", 0) & t.compare("<", n)
-    bits = _Value(x.builder, x.builder.bitcast(kept.value, ir.IntType(x.lanes)))
-    n_kept = bits.call("ctpop").as_type("zext", ir.IntType(64))
-    return kept, kept.select(t.as_type("trunc", ir.IntType(_bits_of(x))), -1), count - n_kept
+    return kept, kept.select(t.as_type("trunc", ir.IntType(_bits_of(x))), -1), count - _size_of(kept)
+
+
+@_emits(_several(_mask, _integers, types.int64))
+def _no_targets(x, count):
+    """Return the same where rows have no targets, and all are kept."""
+    ids = ir.VectorType(ir.IntType(_bits_of(x)), x.lanes)
+    return _first(x, count), _Value(x.builder, ids([-1] * x.lanes)), count - count
+
+
+@_emits(types.int64)
+def _count_bad(kept, least, mass):
+    """How many of the rows that are kept have a negative probability or a NaN."""
+    if not mass:
+        return _Value(kept.builder, ir.IntType(64)(0))
+    return _size_of(kept & (least.compare("<", 0.0) | mass.compare("uno", mass, or_nan=True)))
 
 
 @_emits(_same)
@@ -1036,24 +1582,42 @@ def _keep(v, kept):
     return kept.select(v, 0.0)
 
 
+@_emits(_same)
+def _nan_with(m, total):
+    """Return the maxima, NaN in rows whose sums are."""
+    return total.compare("ord", total).select(m, math.nan)
+
+
 @_emits(_none)
-def _narrow_gradient(work, c, kept, target, target_gradient, hi, lo, down, least):
+def _narrow_gradient(work, c, kept, target, target_gradient, how):
     """Replace the exponentials of class c by gradients."""
     at = c * work.lanes
-    p = _gradient(work.load(at), (hi, lo, down, least))
+    p = _written(work.load(at), how, lambda p: p.load(at))
     p = _is_class(target, c).select(target_gradient, p)
     work.store(at, kept.select(p, 0.0))
 
 
-@_emits(_several(_vector, _vector, _vector, _vector, _vector))
-def _lane_factors(x, gap, target_term, rest, scale):
-    """Return the rows' factors and their targets' gradients; NaN in rows that are not finite."""
+@_emits(_named(_Factor, _vector, _vector, _vector, _vector))
+def _lane_factors(x, gap, rest, scale):
+    """Return the rows' factors; NaN in rows that are not finite."""
+    scale = _if_finite(gap, scale)
+    one = scale.of(1.0)
+    return _Factor(*_factor(_bits_of(x), scale, rest, one, one, scale.of(0.0)))
+
+
+@_emits(_vector)
+def _target_lanes(x, own, gap, e, rest, scale):
+    """Return the gradients of the rows' targets."""
+    if own:
+        return own.target
     bits = _bits_of(x)
-    finite = gap.compare("ord", gap)
-    scale = finite.select(scale, math.nan)
-    factor = _factor(bits, scale, rest, scale.of(1.0), scale.of(1.0), scale.of(0.0))
-    e = target_term.double() * 2.0 ** -_SUM_SHIFT[bits]
-    return *factor, _minus_others(gap, e, rest, scale, bits).rounded(bits)
+    return _minus_others(gap, e, rest, _if_finite(gap, scale), bits).rounded(bits)
+
+
+@_emits(_doubles)
+def _term_of(x, term):
+    """Return an exponential as it is."""
+    return term.double() * 2.0 ** -_SUM_SHIFT[_bits_of(x)]
 
 
 @_emits(_same)
@@ -1061,18 +1625,20 @@ def _rank_lanes(ranks, x, target_logit, target, c):
     """Count class c where it is ahead of the target."""
     before = _is_class(target, c, ">") & x.compare("==", target_logit)
     ahead = x.compare(">", target_logit) | before
-    return ahead.select(ranks + 1, ranks)
+    return ahead.select(ranks + 1.0, ranks)
 
 
-@_emits(_none)
-def _store_ranks(pointer, i, n, ranks, gap, kept, like):
-    good = kept & gap.compare("ord", gap)
-    pointer.store_where(_first(like, n), i, good.select(ranks, -1))
+@_emits(_same)
+def _top_lanes(tops, x, m, c):
+    """Note class c where it is a maximum."""
+    number = _Value(c.builder, c.builder.sitofp(c.value, tops.element))
+    return x.compare("==", m).select(number, tops)
 
 
-@_emits(lambda x: _Vector(types.int64, _lanes_of(x.dtype)))
-def _no_ranks(x):
-    return _Value(x.builder, ir.Constant(ir.VectorType(ir.IntType(64), x.lanes), [0] * x.lanes))
+@_emits(lambda stats, *fields: _unless(stats, _named(_Found, *fields)()))
+def _found(stats, m, target_logit, top, ahead, spread, squares):
+    """Return statistics of rows, where they are wanted."""
+    return stats and _Found(m, target_logit, top, ahead, spread, squares)
 
 
 @_emits(types.boolean)
@@ -1087,22 +1653,100 @@ def _any_at_least(v, limit):
 
 # ---- What a kernel is given ----
 
-# Addresses, strides in elements, and numbers; one 64-bit integer each.
+# Addresses, strides in elements, and numbers; 64 bits each.
 _JOB = (
     *("x", "x_outer", "x_inner", "x_class", "inner", "first_row", "n_rows", "n_classes"),
-    *("targets", "losses", "tile_sums", "tile_rows", "item_rows", "ranks"),
-    *("scale", "scale_step", "grad", "g_outer", "g_inner", "g_class", "stream"),
+    # without targets, a softmax is wanted, in place of the gradient; `log`: its logarithm
+    *("targets", "losses", "tile_sums", "tile_rows", "item_rows"),
+    *("scale", "scale_step", "grad", "g_outer", "g_inner", "g_class", "stream", "log"),
     # scratch: so many words for each worker; states: of the parts of long rows
     *("scratch", "scratch_size", "states", "n_parts"),
+    "has_more",  # whether the rest holds anything
 )
+_MORE = (
+    *("row_weights", "weight_step", "id_weights"),  # id_weights: of classes, where nothing else is soft
+    *("probs", "p_outer", "p_inner", "p_class", "weight"),
+    *("lse", "target_logit", "max_logit", "argmax", "rank", "entropy", "max_prob", "brier"),
+    *("alpha", "beta", "unit", "id_share"),  # doubles
+)
+_NUMBERS = 4
 # A row while it is read: its maximum; what its terms are relative to, within _MAX_LEAD below it; the
-# sum of the terms and its carry; how many classes equal the maximum; how many are ahead of the target.
-_M, _REF, _TOTAL, _CARRY, _TIES, _AHEAD, _STATE = 0, 1, 2, 3, 4, 5, 8
-# The start of a worker's scratch, in doubles: states of a group of rows; gap, gap_error, rest and
-# target's logit of each; then what the kernel needs.
+# sum of the terms and its carry; how many classes equal the maximum.
+_M, _REF, _TOTAL, _CARRY, _TIES, _STATE = 0, 1, 2, 3, 4, 16
+# Then the sums of shares, as in `_ShareSums`; or the first class that is the maximum, how many are
+# ahead of the target, the sums of terms times (m - x) and of their squares.
+_LINEAR, _LINEAR_CARRY, _MASS, _MASS_CARRY, _BELOW, _BELOW_CARRY, _LEAST = range(5, 12)
+_TOP, _AHEAD, _SPREAD, _SPREAD_CARRY, _SQUARES, _SQUARES_CARRY = range(5, 11)
+# The start of a worker's scratch, in doubles: states of a group of rows; of each gap, gap_error, rest
+# and target's logit, and what soft targets come to, or `_Found`; room for their weights; then what the
+# kernel needs.
 _TALL = 256
 _PARTS = _TALL * _STATE
-_WORK = _PARTS + 4 * _TALL
+_GAP, _GAP_ERROR, _REST, _LOGIT_PART = (i * _TALL for i in range(4))
+_LINEAR_PART, _MASS_PART, _OTHERS_PART, _WEIGHT_PART, _BAD_PART = (i * _TALL for i in range(4, 9))
+_M_PART, _TOP_PART, _AHEAD_PART, _SPREAD_PART, _SQUARES_PART = (i * _TALL for i in range(4, 9))
+_GRADIENT_PARTS = 8  # what is known of a row when its gradient is written
+_SPARE = 9 * _TALL
+_WORK = _PARTS + 10 * _TALL
+
+
+@njit(**_OPTIONS)
+def _target(x, job, row):
+    """Return a row's target; 0 if it has none, and is kept."""
+    if job.targets == 0:
+        return 0
+    return _int64s(job.targets, x)[row]
+
+
+@njit(**_OPTIONS)
+def _target_to_write(job, target, soft):
+    """Return the class id whose gradient is not like the others', or -1."""
+    return -1 if job.targets == 0 else _class_id(soft, target)
+
+
+@njit(**_OPTIONS)
+def _lanes_kept(x, job, row, count):
+    """See `_read_targets`."""
+    if job.targets == 0:
+        return _no_targets(x, count)
+    return _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
+
+
+@njit(**_OPTIONS)
+def _id_weight(x, job, row):
+    """Return the weight of a row's target, where that is all that is soft."""
+    if job.has_more == 0 or job.id_weights == 0:
+        return 1.0
+    target = _int64s(job.targets, x)[row]
+    if not 0 <= target < job.n_classes:
+        return 0.0
+    return np.float64(_get(_reals_like(job.id_weights, x), target))
+
+
+@njit(**_OPTIONS)
+def _scale_of(x, job, row):
+    """Return what multiplies a row's gradient."""
+    return _float64s(job.scale, x)[row * job.scale_step] * _id_weight(x, job, row)
+
+
+@njit(**_OPTIONS)
+def _scale_lanes(x, job, row, count, saved):
+    """Return the same of count rows; ``saved`` is room for them."""
+    if job.scale_step == 0 and job.has_more == 0:
+        return _splat_double(x, _float64s(job.scale, x)[0])
+    for r in range(_lanes(x)):
+        saved[r] = _scale_of(x, job, row + min(r, count - 1))
+    return _doubles_at(x, saved, 0)
+
+
+@njit(**_OPTIONS)
+def _target_weights(x, job, row, count, soft, step, saved):
+    """Return the weights of the targets of count rows; those of classes are ``step`` apart."""
+    if soft is not None:
+        for r in range(_lanes(x)):
+            target = _target(x, job, row + min(r, count - 1))
+            saved[r] = _weight_of(soft, target * step) if 0 <= target < job.n_classes else 0.0
+    return _doubles_at(x, saved, 0)
 
 
 # ---- Reading rows ----
@@ -1149,6 +1793,45 @@ def _sum_terms(x, n, ref, m, e):
 
 
 @njit(**_OPTIONS)
+def _add_classes(x, n, what, sums):
+    """Return sums with what n classes add to each lane; see `_summed`."""
+    lanes = _lanes(x)
+    end = n - n % lanes
+    if end < n:
+        sums = _add_end(x, end, n - end, what, sums)
+    while end % (4 * lanes) != 0:
+        end -= lanes
+        sums = _add1(x, end, what, sums)
+    if end & (4 * lanes):
+        end -= 4 * lanes
+        sums = _add4(x, end, what, sums)
+    for i in range(0, end, 8 * lanes):
+        sums = _add8(x, i, what, sums)
+    return sums
+
+
+@njit(**_OPTIONS)
+def _sum_shares(x, n, soft, m, top):
+    zero = _splat_double(x, 0.0)
+    sums = _ShareSums(zero, zero, zero, zero, zero, zero, _splat(x, 0.0))
+    if soft is not None:
+        sums = _add_classes(x, n, _Shares(soft, _finite_or_zero(m), top), sums)
+    return sums
+
+
+@njit(**_OPTIONS)
+def _sum_spread(x, n, e, m):
+    zero = _splat_double(x, 0.0)
+    return _add_classes(x, n, _Spread(e, _finite_or_zero(m)), _Sum(zero, zero))
+
+
+@njit(**_OPTIONS)
+def _sum_squares(x, n, e):
+    zero = _splat_double(x, 0.0)
+    return _add_classes(x, n, _Squares(e), _Sum(zero, zero))
+
+
+@njit(**_OPTIONS)
 def _drop(ref, m):
     """Return a, b and c with exp(ref - m) = a * b * (1 + c); a and b are normal if it matters."""
     if ref == m:
@@ -1168,39 +1851,118 @@ def _scale_sum(total, carry, a, b):
 
 
 @njit(**_OPTIONS)
-def _raise_maximum(state, top, unit):
+def _scale_squares(total, carry, a, b):
+    total, carry = _scale_sum(total, carry, a, b)
+    return _scale_sum(total, carry, a, b)
+
+
+@njit(**_OPTIONS)
+def _add_to(state, i, total, carry):
+    """Add a sum and its carry to those that stand at i and after it."""
+    state[i], error = _two_sum_of(state[i], total)
+    state[i + 1] += error + carry
+
+
+@njit(**_OPTIONS)
+def _raise_maximum(state, top, unit, soft, stats):
     """Let the maximum so far rise to ``top``."""
     m, ref = state[_M], state[_REF]
     if m > -np.inf:
         # what was the maximum becomes a term like any other
         former, former_carry = _scale_sum(state[_TIES] / unit, 0.0, m, ref)
-        state[_TOTAL], error = _two_sum_of(state[_TOTAL], former)
-        state[_CARRY] += error + former_carry
+        _add_to(state, _TOTAL, former, former_carry)
+        if soft is not None:
+            if state[_MASS] > 0.0:
+                mass = state[_MASS] + state[_MASS_CARRY]
+                _add_to(state, _LINEAR, mass * _rise(soft, top, m), 0.0)
+        if stats is not None:
+            _add_to(state, _SPREAD, (state[_TOTAL] + state[_CARRY]) * (top - m), 0.0)
         if not top - ref <= _MAX_LEAD:
             state[_TOTAL], state[_CARRY] = _scale_sum(state[_TOTAL], state[_CARRY], ref, top)
+            if stats is not None:
+                total, carry = state[_SPREAD], state[_SPREAD_CARRY]
+                state[_SPREAD], state[_SPREAD_CARRY] = _scale_sum(total, carry, ref, top)
+                total, carry = state[_SQUARES], state[_SQUARES_CARRY]
+                state[_SQUARES], state[_SQUARES_CARRY] = _scale_squares(total, carry, ref, top)
             state[_REF] = top
     else:
         state[_REF] = top
+    if soft is not None:
+        state[_BELOW], state[_BELOW_CARRY] = state[_MASS], state[_MASS_CARRY]
     state[_M] = top
     state[_TIES] = 0.0
 
 
 @njit(**_OPTIONS)
-def _read_block(x, n, state, e):
-    """Add n classes to a row's state; return what the terms stored in e are relative to."""
+def _add_lanes(state, i, total, carry):
+    total, carry = _sum_of_terms(total, carry)
+    _add_to(state, i, total, carry)
+
+
+@njit(**_OPTIONS)
+def _read_shares(x, n, state, top, soft):
+    """Add the shares of n classes, of which ``top`` is the maximum, to a row's state."""
+    m = _splat(x, state[_M])
+    if top < state[_M]:
+        sums = _sum_shares(x, n, soft, m, None)
+        mass, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+        _add_to(state, _BELOW, mass, carry)
+    else:
+        sums = _sum_shares(x, n, soft, m, m)
+        mass, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+        _add_lanes(state, _BELOW, sums.below, sums.below_carry)
+    _add_to(state, _MASS, mass, carry)
+    _add_lanes(state, _LINEAR, sums.linear, sums.linear_carry)
+    state[_LEAST] = min(state[_LEAST], _least_lane(sums.least))
+
+
+@njit(**_OPTIONS)
+def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
+    """Add n classes to a row's state; return what the terms stored in e are relative to.
+
+    Statistics, for which e is needed, are those of ``stats``, the job; the block's first class is
+    ``first``.
+    """
     top = _largest_lane(_largest(x, n))
     if top > state[_M]:
-        _raise_maximum(state, top, _sum_unit(x))
+        _raise_maximum(state, top, _sum_unit(x), soft, stats)
+        if stats is not None:
+            if stats.argmax != 0:
+                state[_TOP] = first + _first_equal(x, n, top)
+    if soft is not None:
+        _read_shares(x, n, state, top, soft)
     m, ref = state[_M], state[_REF]
     if top < m:  # so in most blocks of a long row
         totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, e)
     else:
         totals, carries, ties = _sum_terms(x, n, _splat(x, ref), _splat(x, m), e)
-    total, carry = _sum_lanes(totals, carries)
-    state[_TOTAL], error = _two_sum_of(state[_TOTAL], total)
-    state[_CARRY] += error + carry
+    _add_lanes(state, _TOTAL, totals, carries)
     state[_TIES] += _count_lanes(ties)
+    if stats is not None:
+        place = target - first
+        if stats.rank != 0:
+            state[_AHEAD] += _count_before(x, n, place, target_logit)
+        if stats.entropy != 0:
+            sums = _sum_spread(x, n, e, _splat(x, m))
+            _add_lanes(state, _SPREAD, sums.total, sums.carry)
+        if stats.brier != 0:
+            if 0 <= place < n:
+                _set(e, place, 0.0)
+            sums = _sum_squares(x, n, e)
+            _add_lanes(state, _SQUARES, sums.total, sums.carry)
     return ref if m > -np.inf else -np.inf  # a block of -inf: its terms are 0, whatever the factor
+
+
+@njit(**_OPTIONS)
+def _first_equal(x, n, value):
+    """Return the first of n classes with this logit."""
+    lanes = _lanes(x)
+    whole, wanted = n - n % lanes, _splat(x, value)
+    for i in range(0, whole, lanes):
+        found = _equal_lanes(x, i, wanted)
+        if found != 0:
+            return i + _lowest_bit(found)
+    return whole + _lowest_bit(_equal_lanes_end(x, whole, n - whole, wanted))
 
 
 @njit(**_OPTIONS)
@@ -1208,18 +1970,19 @@ def _count(x, n, pivot, tied):
     """How many of n classes are larger than the pivot or, if ``tied``, equal to it."""
     lanes = _lanes(x)
     whole = n - n % lanes
-    counts, p = _splat_double(x, 0.0), _splat(x, pivot)
+    strips = whole - whole % 64
+    count, p = 0, _splat(x, pivot)
     if tied:
-        for i in range(0, whole, lanes):
-            counts = _count_tied(x, i, p, counts)
-        if whole < n:
-            counts = _count_tied_end(x, whole, n - whole, p, counts)
-    else:
-        for i in range(0, whole, lanes):
-            counts = _count_ahead(x, i, p, counts)
-        if whole < n:
-            counts = _count_ahead_end(x, whole, n - whole, p, counts)
-    return _count_lanes(counts)
+        for i in range(0, strips, 64):
+            count += _count_tied(x, i, p)
+        for i in range(strips, whole, lanes):
+            count += _count_one_tied(x, i, p)
+        return count + _count_end_tied(x, whole, n - whole, p)
+    for i in range(0, strips, 64):
+        count += _count_ahead(x, i, p)
+    for i in range(strips, whole, lanes):
+        count += _count_one_ahead(x, i, p)
+    return count + _count_end_ahead(x, whole, n - whole, p)
 
 
 @njit(**_OPTIONS)
@@ -1237,31 +2000,41 @@ def _clear(state):
 
 
 @njit(**_OPTIONS)
-def _finish_row(x, state, target_logit, parts, r):
-    """Make a row's state final, and note gap, gap_error and rest; return whether it is finite."""
-    m = state[_M]
+def _finish_row(x, state, target, target_logit, parts, r, soft, stats):
+    """Make a row's state final, and note its parts; return whether it is finite."""
+    m, ref, unit = state[_M], state[_REF], _sum_unit(x)
     total, carry = state[_TOTAL], state[_CARRY]
-    if state[_REF] != m:
-        total, carry = _scale_sum(total, carry, state[_REF], m)
-    rest = (total + carry) * _sum_unit(x) + (state[_TIES] - 1.0)
+    if ref != m and m > -np.inf:
+        total, carry = _scale_sum(total, carry, ref, m)
+    rest = (total + carry) * unit + (state[_TIES] - 1.0)
+    if stats is not None:
+        parts[_M_PART + r] = m if rest == rest else np.nan
+        parts[_TOP_PART + r], parts[_AHEAD_PART + r] = state[_TOP], state[_AHEAD]
+        total, carry = _scale_sum(state[_SPREAD], state[_SPREAD_CARRY], ref, m)
+        parts[_SPREAD_PART + r] = (total + carry) * unit
+        total, carry = _scale_squares(state[_SQUARES], state[_SQUARES_CARRY], ref, m)
+        parts[_SQUARES_PART + r] = (total + carry) * _square_unit(x)
     gap, error, rest = _parts_of_loss(x, m, target_logit, rest)
-    parts[r], parts[_TALL + r], parts[2 * _TALL + r] = gap, error, rest
-    parts[3 * _TALL + r] = target_logit
+    parts[_GAP + r], parts[_GAP_ERROR + r], parts[_REST + r] = gap, error, rest
+    parts[_LOGIT_PART + r] = target_logit
+    if soft is not None:
+        linear = _closed(state[_LINEAR], state[_LINEAR_CARRY])
+        mass = _closed(state[_MASS], state[_MASS_CARRY])
+        below = _closed(state[_BELOW], state[_BELOW_CARRY])
+        w = _weight_of(soft, target)
+        linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
+        parts[_LINEAR_PART + r], parts[_MASS_PART + r] = linear, mass
+        parts[_OTHERS_PART + r], parts[_WEIGHT_PART + r] = others, w
+        parts[_BAD_PART + r] = 1.0 if state[_LEAST] < 0.0 or mass != mass else 0.0
     return gap == gap
 
 
 @njit(**_OPTIONS)
-def _ignore_row(parts, r):
-    parts[r] = parts[_TALL + r] = parts[2 * _TALL + r] = 0.0
-
-
-@njit(**_OPTIONS)
-def _store_losses(x, parts, losses, first, count):
-    lanes = _lanes(x)
-    for r in range(0, count, lanes):
-        gap, error = _doubles_at(x, parts, r), _doubles_at(x, parts, _TALL + r)
-        loss = _loss(x, gap, error, _doubles_at(x, parts, 2 * _TALL + r))
-        _store_where(losses, _first_lanes(x, count - r), first + r, loss)
+def _own_at(x, soft, parts, r, scale):
+    """Return what a row's gradient needs."""
+    gap, error, w = parts[_GAP + r], parts[_GAP_ERROR + r], parts[_WEIGHT_PART + r]
+    e, rest = math.exp(-gap) * (1.0 - error), parts[_REST + r]
+    return _own_parts(x, soft, scale, gap, e, rest, parts[_MASS_PART + r], parts[_OTHERS_PART + r], w)
 
 
 @njit(**_OPTIONS)
@@ -1279,54 +2052,70 @@ def _tile_sum(losses, first, n):
 @njit(**_OPTIONS)
 def _sum_tiles(x, job, first, last):
     """Sum the losses of the tiles from row ``first`` to ``last``."""
+    if job.losses == 0:
+        return
     losses, sums = _reals_like(job.losses, x), _float64s(job.tile_sums, x)
     for start in range(first, last, job.tile_rows):
         n = min(job.tile_rows, last - start)
         sums[start // job.tile_rows] = _tile_sum(losses, start, n)
 
 
-# ---- Writing gradients ----
+# ---- Writing gradients, and softmaxes ----
 
 
 @njit(**_OPTIONS)
-def _scale_row(e, n, hi, lo, down, least, g, stream):
-    """Write the exponentials in e, times a factor, to g."""
+def _write_classes(e, n, how, g, stream):
+    """Write to g what becomes of n exponentials, or logits, in e; see `_written`."""
     lanes = _lanes(e)
     i = 0
     if stream:
         i = min(n, _to_next_line(g))  # stores past the caches must be aligned
         for j in range(0, i, lanes):
-            _scale_some(e, j, i - j, hi, lo, down, least, g)
+            _write_some(e, j, i - j, how, g)
         while i + 4 * lanes <= n:
-            _scale4_past_caches(e, i, hi, lo, down, least, g)
+            _write4_past_caches(e, i, how, g)
             i += 4 * lanes
     while i + 4 * lanes <= n:
-        _scale4(e, i, hi, lo, down, least, g)
+        _write4(e, i, how, g)
         i += 4 * lanes
     while i + lanes <= n:
-        _scale1(e, i, hi, lo, down, least, g)
+        _write1(e, i, how, g)
         i += lanes
     if i < n:
-        _scale_some(e, i, n - i, hi, lo, down, least, g)
+        _write_some(e, i, n - i, how, g)
 
 
 @njit(**_OPTIONS)
-def _write_block(e, n, drop, again, error, rest, scale, g, stream):
-    """Write the exponentials in e, times scale / (1 + rest) * drop * again * (1 + error), to g."""
-    hi, lo, down, least = _row_factor(e, scale, rest, drop, again, error)
-    _scale_row(e, n, hi, lo, down, least, g, stream)
+def _write_block(e, n, drop, again, error, rest, scale, g, stream, soft, own, mass, start):
+    """Write the gradient of n classes from ``start`` on: their exponentials in e times drop * again."""
+    factor = _row_factor(e, _times_mass(scale, mass), rest, drop, again, error)
+    here = _soft_with(soft, _at(_probs_of(soft), start), start)
+    _write_classes(e, n, _how(factor, _own_in_block(own, drop, again), here), g, stream)
 
 
 @njit(**_OPTIONS)
-def _write_plain(x, step, n, m, rest, scale, g):
-    """Write the same from logits ``step`` apart, in doubles: for scales so large that they are rare."""
+def _write_plain(x, step, n, m, rest, scale, g, g_step, soft, w_step, own, mass):
+    """Write the same from logits ``step`` apart, in doubles: for scales so large that they are rare.
+
+    Probabilities are as far apart as gradients.
+    """
     unit = scale / (1.0 + rest)
     for j in range(n):
         d, r = _two_sum_of(np.float64(_get(x, j * step)), -m)
         e = math.exp(d)
         if r == r:
             e += e * r
-        _set(g, j, e * unit)
+        if soft is None:
+            _set(g, j * g_step, e * unit)
+        else:
+            p = mass * (e * unit) - scale * _share(soft, j * g_step, j * w_step)
+            is_top = rest < _MOST_REST and e > _LEAST_TOP
+            _set(g, j * g_step, np.float64(own.own) if is_top else p)
+
+
+@njit(**_OPTIONS)
+def _write_log(x, n, m, gap, rest, g, stream):
+    _write_classes(x, n, _log_parts(x, m, gap, rest), g, stream)
 
 
 @njit(**_OPTIONS)
@@ -1341,231 +2130,355 @@ def _is_large(scale):
 
 
 @njit(**_OPTIONS)
-def _set_target(g, gap, e, rest, scale):
-    if _is_large(scale):
-        e = math.exp(-gap)
-    _set(g, 0, _target_gradient(gap, e, rest, scale))
+def _set_target(g, target, gap, e, rest, scale, soft, own):
+    """Write the gradient of a class id, if there is one: g is class 0."""
+    if target >= 0:
+        if soft is None:
+            if _is_large(scale):
+                e = math.exp(-gap)
+            _set(g, target, _target_gradient(gap, e, rest, scale))
+        else:
+            _set(g, target, np.float64(own.target))
 
 
 # ---- Rows that are finished together, one in each lane ----
 
 
 @njit(**_OPTIONS)
-def _finish_lanes(x, job, row, count, kept, m, target_logit, totals, carries, ties, ranks):
-    """Store losses and ranks of count rows; return gap and rest."""
-    rest = _total_of(totals, carries, ties)
-    gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
-    loss = _keep(_loss(x, gap, error, rest), kept)
-    _store_where(_reals_like(job.losses, x), _first_lanes(x, count), row, loss)
-    if job.ranks != 0:
-        _store_ranks(_int64s(job.ranks, x), row, count, ranks, gap, kept, x)
-    return gap, rest
+def _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved):
+    """Store losses and statistics of count rows."""
+    if job.losses == 0:
+        return
+    if mass is None:
+        loss = _loss(x, gap, error, rest)
+    else:
+        loss = _soft_loss(x, gap, rest, linear, mass)
+    if job.has_more != 0 and (job.row_weights != 0 or job.id_weights != 0):
+        weights = _float64s(job.row_weights, x)
+        for r in range(_lanes(x)):
+            i = row + min(r, count - 1)
+            saved[r] = _id_weight(x, job, i)
+            if job.row_weights != 0:
+                saved[r] *= weights[i * job.weight_step]
+        loss = _weighed(loss, _doubles_at(x, saved, 0))
+    _store_where(_reals_like(job.losses, x), _first_lanes(x, count), row, _keep(loss, kept))
+    if found is not None:
+        _store_found(x, job, row, count, kept, gap, rest, found)
 
 
 @njit(**_OPTIONS)
-def _scale_lanes(x, job, row, count, saved):
-    """Return the upstream gradients of count rows; ``saved`` is room for them."""
-    scales = _at(_float64s(job.scale, x), row * job.scale_step)
-    if job.scale_step == 0:
-        return _splat_double(x, scales[0])
-    for r in range(_lanes(x)):
-        saved[r] = scales[min(r, count - 1) * job.scale_step]
-    return _doubles_at(x, saved, 0)
+def _store_found(x, job, row, count, kept, gap, rest, found):
+    """Store the statistics that are wanted."""
+    if job.lse != 0:
+        _store_number(_reals_like(job.lse, x), row, count, kept, _lse(x, found.m, gap, rest))
+    if job.target_logit != 0:
+        _store_number(_reals_like(job.target_logit, x), row, count, kept, found.target_logit)
+    if job.max_logit != 0:
+        _store_number(_reals_like(job.max_logit, x), row, count, kept, found.m)
+    if job.argmax != 0:
+        _store_id(x, _int64s(job.argmax, x), row, count, kept, gap, found.top)
+    if job.rank != 0:
+        _store_id(x, _int64s(job.rank, x), row, count, kept, gap, found.ahead)
+    if job.entropy != 0:
+        value = _entropy(x, gap, rest, found.spread)
+        _store_number(_reals_like(job.entropy, x), row, count, kept, value)
+    if job.max_prob != 0:
+        _store_number(_reals_like(job.max_prob, x), row, count, kept, _max_prob(x, gap, rest))
+    if job.brier != 0:
+        value = _brier(x, gap, rest, found.squares)
+        _store_number(_reals_like(job.brier, x), row, count, kept, value)
+
+
+@njit(**_OPTIONS)
+def _store_rows(x, job, parts, row, count, soft, stats):
+    """Store losses and statistics of rows from their parts."""
+    lanes = _lanes(x)
+    for r in range(0, count, lanes):
+        some = min(lanes, count - r)
+        kept, _, _ = _lanes_kept(x, job, row + r, some)
+        gap, error = _doubles_at(x, parts, _GAP + r), _doubles_at(x, parts, _GAP_ERROR + r)
+        rest = _doubles_at(x, parts, _REST + r)
+        linear = _if_given(soft, _doubles_at(x, parts, _LINEAR_PART + r))
+        mass = _if_given(soft, _doubles_at(x, parts, _MASS_PART + r))
+        m, logit = _doubles_at(x, parts, _M_PART + r), _doubles_at(x, parts, _LOGIT_PART + r)
+        tops, ahead = _doubles_at(x, parts, _TOP_PART + r), _doubles_at(x, parts, _AHEAD_PART + r)
+        spread, squares = (
+            _doubles_at(x, parts, _SPREAD_PART + r),
+            _doubles_at(x, parts, _SQUARES_PART + r),
+        )
+        found = _found(stats, m, logit, tops, ahead, spread, squares)
+        saved = _at(parts, _SPARE)
+        _store_lanes(x, job, row + r, some, kept, gap, error, rest, linear, mass, found, saved)
 
 
 # ---- Kernels for rows of one block: lanes are classes, then rows ----
 
 _GROUP = 16
-# What is noted of each row of a group, _GROUP numbers each: addresses of its logits, exponentials and
-# gradient; its rank; maximum, target's logit and term; its sum, carry and ties; the gradient's factor.
-_X_AT, _E_AT, _G_AT, _RANK, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
-_FACTOR = 160  # hi, lo, down, least, the target's own gradient: reals
-_SLOTS = 160 + 5 * _GROUP
+# What is noted of each row of a group, _GROUP numbers each: addresses of its logits, exponentials,
+# gradient and probabilities; maximum, target's logit and term; sum, carry and ties; shares, or
+# statistics; the weight of the target; its gradient's factor.
+_X_AT, _E_AT, _G_AT, _T_AT, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
+_LINEAR_OF, _MASS_OF, _OTHERS_OF, _LEAST_OF, _WEIGHT_OF = range(160, 240, _GROUP)
+_TOP_OF, _AHEAD_OF, _SPREAD_OF, _SQUARES_OF = range(160, 224, _GROUP)
+_FACTOR = 240  # reals: hi, lo, down, least, and `_Own`, of which plain targets have the last
+_SLOTS = _FACTOR + 10 * _GROUP
 
 
 @njit(**_OPTIONS)
-def _read_rows(x, n, job, row, count, slots, places, with_grad):
+def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
     """Read count rows of n classes: the maxima of some, then their sums while they are in L1."""
-    targets = _at(_int64s(job.targets, x), row)
     step = max(1, _L1_CLASSES // n)
     for start in range(0, count, step):
         stop = min(start + step, count)
         for r in range(start, stop):
             slots[_MAXIMUM + r] = slots[_SUM + r] = slots[_ERROR + r] = 0.0
             slots[_TIED + r] = 1.0
-            if 0 <= targets[r] < n:
+            if 0 <= _target(x, job, row + r) < n:
                 at = _pointer_like(places[_X_AT + r], x)
                 slots[_MAXIMUM + r] = _largest_lane(_largest(at, n))
-                if job.ranks != 0:
-                    places[_RANK + r] = np.int64(_count_before(at, n, targets[r], slots[_LOGIT + r]))
         for r in range(start, stop):
-            if 0 <= targets[r] < n:
+            target = _target(x, job, row + r)
+            if 0 <= target < n:
                 at, m = _pointer_like(places[_X_AT + r], x), slots[_MAXIMUM + r]
                 ref = _splat(x, m if m > -np.inf else 0.0)
-                if with_grad is None:
-                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), None)
-                else:
-                    e = _reals_like(places[_E_AT + r], x)
-                    totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
-                slots[_SUM + r], slots[_ERROR + r] = _sum_lanes(totals, carries)
+                if soft is not None:
+                    here = _soft_with(soft, _pointer_like(places[_T_AT + r], x), 0)
+                    _read_row_shares(at, n, m, r, slots, here, with_grad)
+                e = _if_either(with_grad, stats, _reals_like(places[_E_AT + r], x))
+                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
+                slots[_SUM + r], slots[_ERROR + r] = _sum_of_terms(totals, carries)
                 slots[_TIED + r] = _count_lanes(ties)
+                if stats is not None:
+                    _read_row_stats(at, n, m, r, slots, e, target, slots[_LOGIT + r], job)
 
 
 @njit(**_OPTIONS)
-def _finish_rows(x, job, row, count, slots, places):
-    kept, _, ignored = _read_targets(x, _int64s(job.targets, x), row, count, job.n_classes)
-    m, logit = _reals_at(x, slots, _MAXIMUM), _reals_at(x, slots, _LOGIT)
+def _read_row_shares(x, n, m, r, slots, soft, with_grad):
+    maximum = _splat(x, m)
+    sums = _sum_shares(x, n, soft, maximum, _if_given(with_grad, maximum))
+    total, carry = _sum_of_terms(sums.linear, sums.linear_carry)
+    slots[_LINEAR_OF + r] = _closed(total, carry)
+    total, carry = _sum_of_terms(sums.mass, sums.mass_carry)
+    slots[_MASS_OF + r] = _closed(total, carry)
+    if with_grad is not None:
+        total, carry = _sum_of_terms(sums.below, sums.below_carry)
+        slots[_OTHERS_OF + r] = _closed(total, carry)
+    slots[_LEAST_OF + r] = _least_lane(sums.least)
+
+
+@njit(**_OPTIONS)
+def _read_row_stats(x, n, m, r, slots, e, target, target_logit, job):
+    if job.argmax != 0:
+        slots[_TOP_OF + r] = _first_equal(x, n, m)
+    if job.rank != 0:
+        slots[_AHEAD_OF + r] = _count_before(x, n, target, target_logit)
+    if job.entropy != 0:
+        sums = _sum_spread(x, n, e, _splat(x, m))
+        total, carry = _sum_of_terms(sums.total, sums.carry)
+        slots[_SPREAD_OF + r] = (total + carry) * _sum_unit(x)
+    if job.brier != 0:
+        _set(e, target, 0.0)
+        sums = _sum_squares(x, n, e)
+        total, carry = _sum_of_terms(sums.total, sums.carry)
+        slots[_SQUARES_OF + r] = (total + carry) * _square_unit(x)
+
+
+@njit(**_OPTIONS)
+def _finish_rows(x, job, row, count, slots, soft, stats):
+    """Store the losses of a group, and what is wanted with them; note gap and rest for a gradient."""
+    kept, _, counted = _lanes_kept(x, job, row, count)
+    m, logit = _doubles_at(x, slots, _MAXIMUM), _doubles_at(x, slots, _LOGIT)
     total, carry = _doubles_at(x, slots, _SUM), _doubles_at(x, slots, _ERROR)
-    ties, ranks = _reals_at(x, slots, _TIED), _int64s_at(x, places, _RANK)
-    gap, rest = _finish_lanes(x, job, row, count, kept, m, logit, total, carry, ties, ranks)
-    return gap, rest, ignored
-
-
-@njit(**_OPTIONS)
-def _factor_rows(x, job, row, count, gap, rest, slots, places):
-    """Note the factors of count rows' gradients; return scales."""
-    targets = _at(_int64s(job.targets, x), row)
-    for r in range(count):
-        slots[_TERM + r] = 0.0
-        if 0 <= targets[r] < job.n_classes:
-            slots[_TERM + r] = np.float64(_get(_reals_like(places[_E_AT + r], x), targets[r]))
-    scale = _scale_lanes(x, job, row, count, _at(slots, _SUM))
-    hi, lo, down, least, own = _lane_factors(x, gap, _reals_at(x, slots, _TERM), rest, scale)
-    factors = _reals_like(_address_in(slots, _FACTOR), x)
-    _store(factors, 0, hi)
-    _store(factors, _GROUP, lo)
-    _store(factors, 2 * _GROUP, down)
-    _store(factors, 3 * _GROUP, least)
-    _store(factors, 4 * _GROUP, own)
+    rest = _total_of(total, carry, _reals_at(x, slots, _TIED))
+    tops, ahead = _doubles_at(x, slots, _TOP_OF), _doubles_at(x, slots, _AHEAD_OF)
+    spread, squares = _doubles_at(x, slots, _SPREAD_OF), _doubles_at(x, slots, _SQUARES_OF)
+    found = _found(stats, _nan_with(m, rest), logit, tops, ahead, spread, squares)
+    gap, error, rest = _parts_of_loss(x, m, logit, rest)
+    linear, mass = _doubles_at(x, slots, _LINEAR_OF), _doubles_at(x, slots, _MASS_OF)
+    w = _target_weights(x, job, row, count, soft, 1, _at(slots, _WEIGHT_OF))
+    below = _doubles_at(x, slots, _OTHERS_OF)
+    linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
+    counted = _by_targets(soft, _count_bad(kept, _doubles_at(x, slots, _LEAST_OF), mass), counted)
+    if soft is not None:
+        _store(slots, _MASS_OF, mass)
+        _store(slots, _OTHERS_OF, others)
+    _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, _at(slots, _SUM))
     _store(slots, _SUM, gap)
     _store(slots, _ERROR, rest)
+    return counted
 
 
 @njit(**_OPTIONS)
-def _write_rows(x, step, g, n, job, row, count, slots, places):
-    """Write the gradients of count rows, from their exponentials; logits are ``step`` apart."""
-    targets, scales = _at(_int64s(job.targets, x), row), _float64s(job.scale, x)
+def _factor_rows(x, job, row, count, slots, places, soft):
+    """Note the factors of count rows' gradients."""
+    for r in range(count):
+        slots[_TERM + r], target = 0.0, _target(x, job, row + r)
+        if 0 <= target < job.n_classes:
+            slots[_TERM + r] = np.float64(_get(_reals_like(places[_E_AT + r], x), target))
+    gap, rest = _doubles_at(x, slots, _SUM), _doubles_at(x, slots, _ERROR)
+    e = _term_of(x, _reals_at(x, slots, _TERM))
+    scale = _scale_lanes(x, job, row, count, _at(slots, _TERM))
+    factors = _reals_like(_address_in(slots, _FACTOR), x)
+    if soft is None:
+        factor = _lane_factors(x, gap, rest, scale)
+        _store(factors, 9 * _GROUP, _target_lanes(x, None, gap, e, rest, scale))
+    else:
+        w, mass = _doubles_at(x, slots, _WEIGHT_OF), _doubles_at(x, slots, _MASS_OF)
+        own = _own_parts(x, soft, scale, gap, e, rest, mass, _doubles_at(x, slots, _OTHERS_OF), w)
+        factor = _lane_factors(x, gap, rest, _times(scale, mass))
+        _store(factors, 4 * _GROUP, own.alpha)
+        _store(factors, 5 * _GROUP, own.beta)
+        _store(factors, 6 * _GROUP, own.least_t)
+        _store(factors, 7 * _GROUP, own.top)
+        _store(factors, 8 * _GROUP, own.own)
+        _store(factors, 9 * _GROUP, own.target)
+    _store(factors, 0, factor.hi)
+    _store(factors, _GROUP, factor.lo)
+    _store(factors, 2 * _GROUP, factor.down)
+    _store(factors, 3 * _GROUP, factor.least)
+
+
+@njit(**_OPTIONS)
+def _write_rows(x, step, g, n, job, row, count, slots, places, soft):
+    """Write the gradients of count rows, from their exponentials; logits are ``step`` apart.
+
+    The logarithm of a softmax is written from logits in g's dtype, as neighbours.
+    """
     factors = _reals_like(_address_in(slots, _FACTOR), x)
     for r in range(count):
-        out = _pointer_like(places[_G_AT + r], g)
-        if not 0 <= targets[r] < n:
+        out, target = _pointer_like(places[_G_AT + r], g), _target(x, job, row + r)
+        if not 0 <= target < n:
             _fill(out, n, 0.0)
             continue
-        scale, gap, rest = scales[(row + r) * job.scale_step], slots[_SUM + r], slots[_ERROR + r]
+        m, gap, rest = slots[_MAXIMUM + r], slots[_SUM + r], slots[_ERROR + r]
+        if job.log != 0:
+            _write_log(_pointer_like(places[_X_AT + r], g), n, m, gap, rest, out, False)
+            continue
+        written = _target_to_write(job, target, soft)
+        scale = _scale_of(x, job, row + r)
+        here = _soft_with(soft, _pointer_like(places[_T_AT + r], g), 0)
+        own = _own_in_slots(soft, _at(factors, 4 * _GROUP), r, _GROUP)
+        mass = _if_given(soft, slots[_MASS_OF + r])
         if _is_large(scale) and gap == gap:
             logits = _pointer_like(places[_X_AT + r], x)
-            _write_plain(logits, step, n, slots[_MAXIMUM + r], rest, scale, out)
-            _set_target(_at(out, targets[r]), gap, 0.0, rest, scale)
+            _write_plain(logits, step, n, m, rest, scale, out, 1, here, 1, own, mass)
+            _set_target(out, written, gap, 0.0, rest, scale, soft, own)
         else:
             hi, lo = _get(factors, r), _get(factors, _GROUP + r)
             down, least = _get(factors, 2 * _GROUP + r), _get(factors, 3 * _GROUP + r)
-            _scale_row(_reals_like(places[_E_AT + r], x), n, hi, lo, down, least, out, False)
-            _set(out, targets[r], _get(factors, 4 * _GROUP + r))
+            factor = _Factor(hi, lo, down, least)
+            how = _how(factor, own, here)
+            _write_classes(_reals_like(places[_E_AT + r], x), n, how, out, False)
+            if written >= 0:
+                _set(out, written, _get(factors, 9 * _GROUP + r))
 
 
 @njit(**_OPTIONS)
-def _middle_rows(x_type, job, item, worker, with_grad):
+def _middle_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Rows of unit stride."""
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, n = _pointer_like(job.x, x_type), job.n_classes
     scratch = job.scratch + 8 * worker * job.scratch_size
     slots, places = _float64s(scratch, x), _int64s(scratch, x)
-    targets, scales = _int64s(job.targets, x), _float64s(job.scale, x)
     outer, inner = divmod(job.first_row + first, job.inner)
-    ignored = 0
+    counted = 0
     for row in range(first, last, _lanes(x)):
         count = min(_lanes(x), last - row)
         for r in range(count):
             at = job.x + _size(x, outer * job.x_outer + inner * job.x_inner)
             places[_X_AT + r] = at
-            target = targets[row + r]
+            target = _target(x, job, row + r)
             slots[_LOGIT + r] = 0.0
             if 0 <= target < n:
                 slots[_LOGIT + r] = np.float64(_get(_pointer_like(at, x), target))
+            places[_E_AT + r] = scratch + 8 * (_SLOTS + r * _PITCH)
+            if soft is not None:
+                places[_T_AT + r] = job.probs + _size(x, outer * job.p_outer + inner * job.p_inner)
             if with_grad is not None:
                 g_at = job.grad + _size(x, outer * job.g_outer + inner * job.g_inner)
                 places[_G_AT + r] = g_at
                 # the gradient's memory, unless it is of another dtype, or the logits are needed again
-                spare = _is_half(x) or _is_large(scales[(row + r) * job.scale_step])
-                places[_E_AT + r] = scratch + 8 * (_SLOTS + r * _PITCH) if spare else g_at
+                if not (_is_half(x) or job.log != 0 or _is_large(_scale_of(x, job, row + r))):
+                    places[_E_AT + r] = g_at
             inner += 1
             if inner == job.inner:
                 outer, inner = outer + 1, 0
-        _read_rows(x, n, job, row, count, slots, places, with_grad)
-        gap, rest, n_ignored = _finish_rows(x, job, row, count, slots, places)
-        ignored += n_ignored
+        _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats)
+        counted += _finish_rows(x, job, row, count, slots, soft, stats)
         if with_grad is not None:
-            _factor_rows(x, job, row, count, gap, rest, slots, places)
-            _write_rows(x, 1, x, n, job, row, count, slots, places)
+            _factor_rows(x, job, row, count, slots, places, soft)
+            _write_rows(x, 1, x, n, job, row, count, slots, places, soft)
     _sum_tiles(x, job, first, last)
-    return ignored
+    return counted
 
 
 @njit(**_OPTIONS)
-def _middle_strided_rows(x_type, job, item, worker, with_grad):
+def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Rows of any stride, which are transposed into scratch, and their gradients back."""
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
-    n, row, ignored = job.n_classes, first, 0
+    n, row, counted = job.n_classes, first, 0
     scratch = job.scratch + 8 * worker * job.scratch_size
     slots, places = _float64s(scratch, x_type), _int64s(scratch, x_type)
     block = _reals_like(scratch + 8 * _SLOTS, x_type)
     lanes = _lanes(x_type)
     pitch = ((n + lanes - 1) // lanes | 1) * lanes  # an odd number of lines, for L1's sake
-    most = max(lanes, min(_FETCHED, _FETCHED_BYTES // _size(block, pitch) // lanes * lanes))
+    size = _FETCHED_BYTES // _size(block, pitch) // _by_targets(soft, 2, 1)
+    most = max(lanes, min(_FETCHED, size // lanes * lanes))
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         fetched = min(most, last - row, job.inner - inner)
         at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
         _fetch(_pointer_like(at, x_type), job.x_inner, job.x_class, fetched, n, block, pitch)
+        if soft is not None:
+            t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
+            _fetch_probs(t, job, fetched, n, _at(block, most * pitch), pitch)
         for start in range(0, fetched, lanes):
             count = min(lanes, fetched - start)
-            targets = _at(_int64s(job.targets, x_type), row + start)
             for r in range(count):
-                places[_X_AT + r] = places[_E_AT + r] = places[_G_AT + r] = (
-                    scratch + 8 * _SLOTS + _size(block, (start + r) * pitch)
-                )
-                slots[_LOGIT + r] = 0.0
-                if 0 <= targets[r] < n:
-                    slots[_LOGIT + r] = np.float64(_get(block, (start + r) * pitch + targets[r]))
-            _read_rows(block, n, job, row + start, count, slots, places, with_grad)
-            gap, rest, n_ignored = _finish_rows(block, job, row + start, count, slots, places)
-            ignored += n_ignored
+                here = scratch + 8 * _SLOTS + _size(block, (start + r) * pitch)
+                places[_X_AT + r] = places[_E_AT + r] = places[_G_AT + r] = here
+                places[_T_AT + r] = here + _size(block, most * pitch)
+                if job.log != 0 or stats is not None:  # which need the logits again
+                    places[_E_AT + r] = scratch + 8 * (_SLOTS + _FETCHED_BYTES // 8)
+                slots[_LOGIT + r], target = 0.0, _target(x_type, job, row + start + r)
+                if 0 <= target < n:
+                    slots[_LOGIT + r] = np.float64(_get(block, (start + r) * pitch + target))
+            _read_rows(block, n, job, row + start, count, slots, places, with_grad, soft, stats)
+            counted += _finish_rows(block, job, row + start, count, slots, soft, stats)
             if with_grad is not None:
-                _factor_rows(block, job, row + start, count, gap, rest, slots, places)
-                for r in range(count):  # where a large scale needs the logits again
-                    places[_X_AT + r] = at + _size(x_type, (start + r) * job.x_inner)
+                _factor_rows(block, job, row + start, count, slots, places, soft)
+                if job.log == 0:
+                    for r in range(count):  # where a large scale needs the logits again
+                        places[_X_AT + r] = at + _size(x_type, (start + r) * job.x_inner)
                 x = _pointer_like(at, x_type)
-                _write_rows(x, job.x_class, block, n, job, row + start, count, slots, places)
+                _write_rows(x, job.x_class, block, n, job, row + start, count, slots, places, soft)
         if with_grad is not None:
             g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
             g = _pointer_like(g_at, x_type)
             _deliver(block, pitch, g, job.g_inner, job.g_class, fetched, n)
         row += fetched
     _sum_tiles(x_type, job, first, last)
-    return ignored
+    return counted
 
 
 # ---- Kernels for rows of unit stride: lanes are classes ----
 
 
 @njit(**_OPTIONS)
-def _read_row(x, n, state, target, target_logit, refs, e, step, ranked):
+def _read_row(x, n, state, refs, e, step, soft, first, target, target_logit, stats):
     """Read n classes of a row. Terms go to e, if given: each block's to the same place if step is 0."""
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
-        block = _at(x, start)
-        if ranked:  # before e takes the place of the logits
-            state[_AHEAD] += _count_before(block, size, target - start, target_logit)
-        if e is None:
-            _read_block(block, size, state, None)
-        else:
-            refs[start // _BLOCK] = _read_block(block, size, state, _at(e, start * step))
+        block, number = _at(x, start), first + start
+        here, terms = _soft_with(soft, _at(_probs_of(soft), start), start), _at(e, start * step)
+        ref = _read_block(block, size, state, terms, here, number, target, target_logit, stats)
+        refs[start // _BLOCK] = ref
 
 
 @njit(**_OPTIONS)
-def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream):
+def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream, soft, own, mass):
     """Turn a row's exponentials in e into its gradient."""
     target_term, start = 0.0, 0
     unit = _sum_unit(e)
@@ -1578,68 +2491,71 @@ def _write_row(n, m, target, gap, rest, scale, refs, e, g, stream):
         drop, again, error = _drop(ref, m)
         if start <= target < start + size:
             target_term = np.float64(_get(e, target)) * unit * drop * again
-        _write_block(_at(e, start), size, drop, again, error, rest, scale, _at(g, start), stream)
+        terms, out = _at(e, start), _at(g, start)
+        _write_block(terms, size, drop, again, error, rest, scale, out, stream, soft, own, mass, start)
         start = end
-    _set_target(_at(g, target), gap, target_term, rest, scale)
+    _set_target(g, target, gap, target_term, rest, scale, soft, own)
 
 
 @njit(**_OPTIONS)
-def _direct_rows(x_type, job, item, worker, with_grad):
+def _direct_rows(x_type, job, item, worker, with_grad, soft, stats):
     """Compute the rows of a tile, one after the other."""
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
-    targets, ranks = _int64s(job.targets, x), _int64s(job.ranks, x)
-    scales = _float64s(job.scale, x)
     state = _float64s(job.scratch + 8 * worker * job.scratch_size, x)
     parts, refs = _at(state, _PARTS), _at(state, _WORK)
     kept_terms = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + _PART // _BLOCK), x)
     stream = job.stream != 0
     outer, inner = divmod(job.first_row + first, job.inner)
-    lanes, ignored, ranked = _lanes(x), 0, job.ranks != 0
+    lanes, n_ignored, n_bad = _lanes(x), 0, 0
     for row in range(first, last):
         r = (row - first) % lanes
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
-        target = targets[row]
+        target = _target(x, job, row)
         if 0 <= target < n:
-            target_logit = np.float64(_get(at, target))
+            logit = np.float64(_get(at, target))
+            offset = outer * job.p_outer + inner * job.p_inner
+            here = _soft_with(soft, _at(_probs_of(soft), offset), 0)
+            g = _at(grad, outer * job.g_outer + inner * job.g_inner)
+            again = True  # whether the logits are needed again
+            if with_grad is not None:
+                scale = _scale_of(x, job, row)
+                again = _is_large(scale) or job.log != 0
+            e = _terms_place(kept_terms, g, not stream and not again)
+            e, step = _if_either(with_grad, stats, e), 0 if again else 1
             _clear(state)
-            if with_grad is None:
-                _read_row(at, n, state, target, target_logit, refs, None, 1, ranked)
-                finite = _finish_row(x, state, target_logit, parts, r)
-            else:
-                g = _at(grad, outer * job.g_outer + inner * job.g_inner)
-                scale = scales[row * job.scale_step]
-                large = _is_large(scale)
-                e = _terms_place(kept_terms, g, not stream and not large)
-                _read_row(at, n, state, target, target_logit, refs, e, 0 if large else 1, ranked)
-                finite = _finish_row(x, state, target_logit, parts, r)
-                m, gap, rest = state[_M], parts[r], parts[2 * _TALL + r]
+            _read_row(at, n, state, refs, e, step, here, 0, target, logit, stats)
+            finite = _finish_row(x, state, target, logit, parts, r, soft, stats)
+            if with_grad is not None:
+                m, gap, rest = state[_M], parts[_GAP + r], parts[_REST + r]
+                own = _own_at(x, soft, parts, r, scale)
+                mass = _if_given(soft, parts[_MASS_PART + r])
+                written = _target_to_write(job, target, soft)
                 if not finite:
                     _fill(g, n, np.nan)
-                elif large:
-                    _write_plain(at, 1, n, m, rest, scale, g)
-                    _set_target(_at(g, target), gap, 0.0, rest, scale)
+                elif job.log != 0:
+                    _write_log(at, n, m, gap, rest, g, stream)
+                elif again:
+                    _write_plain(at, 1, n, m, rest, scale, g, 1, here, 1, own, mass)
+                    _set_target(g, written, gap, 0.0, rest, scale, soft, own)
                 else:
-                    _write_row(n, m, target, gap, rest, scale, refs, e, g, stream)
-            if ranked:
-                ranks[row] = np.int64(state[_AHEAD]) if finite else -1
+                    _write_row(n, m, written, gap, rest, scale, refs, e, g, stream, here, own, mass)
+            if soft is not None and parts[_BAD_PART + r] != 0.0:
+                n_bad += 1
         else:
-            ignored += 1
-            _ignore_row(parts, r)
-            if ranked:
-                ranks[row] = -1
+            n_ignored += 1
             if with_grad is not None:
                 _fill(_at(grad, outer * job.g_outer + inner * job.g_inner), n, 0.0)
         if r == lanes - 1 or row == last - 1:
-            _store_losses(x, parts, _reals_like(job.losses, x), row - r, r + 1)
+            _store_rows(x, job, parts, row - r, r + 1, soft, stats)
         inner += 1
         if inner == job.inner:
             outer, inner = outer + 1, 0
     _sum_tiles(x, job, first, last)
     if stream:
         _fence(x)
-    return ignored
+    return _by_targets(soft, n_bad, n_ignored)
 
 
 # ---- Kernels for any strides: a group of rows is transposed into scratch block by block ----
@@ -1667,6 +2583,13 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
 
 
 @njit(**_OPTIONS)
+def _fetch_probs(t, job, count, n, out, pitch):
+    """Do the same with probabilities, where there are any."""
+    if t is not None:
+        _fetch(t, job.p_inner, job.p_class, count, n, out, pitch)
+
+
+@njit(**_OPTIONS)
 def _deliver(source, pitch, g, row_step, class_step, count, n):
     """Copy the other way."""
     lanes = _lanes(g)
@@ -1688,59 +2611,82 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
 
 
 @njit(**_OPTIONS)
-def _read_group(x, job, count, n, first_class, targets, states, parts, refs, block):
-    """Read n classes of count rows; note what the terms of each block are relative to."""
-    n_blocks = (n + _BLOCK - 1) // _BLOCK
-    for b in range(n_blocks):
-        start = b * _BLOCK
-        size = min(_BLOCK, n - start)
-        at = _at(x, start * job.x_class)
-        _fetch(at, job.x_inner, job.x_class, count, size, block, _PITCH)
-        for r in range(count):
-            target = targets[r]
-            if 0 <= target < job.n_classes:
-                row, state = _at(block, r * _PITCH), _at(states, r * _STATE)
-                refs[r * n_blocks + b] = _read_block(row, size, state, None)
-                if job.ranks != 0:
-                    place = target - first_class - start
-                    state[_AHEAD] += _count_before(row, size, place, parts[3 * _TALL + r])
+def _second(x, block):
+    """Return the half of a group's scratch that rows' probabilities, or terms, are in."""
+    return _at(block, _most_rows(x) * _PITCH)
 
 
 @njit(**_OPTIONS)
-def _write_group(x, job, row, count, n, first_class, states, parts, refs, block, g):
+def _read_group(x, job, row, count, n, first_class, states, parts, refs, block, t_at, soft, stats):
+    """Read n classes of count rows; note what the terms of each block are relative to.
+
+    x is the first logit of them, ``t_at`` where the first probability is.
+    """
+    n_blocks = (n + _BLOCK - 1) // _BLOCK
+    second = _second(x, block)
+    for b in range(n_blocks):
+        start = b * _BLOCK
+        size, first = min(_BLOCK, n - start), first_class + start
+        at = _at(x, start * job.x_class)
+        _fetch(at, job.x_inner, job.x_class, count, size, block, _PITCH)
+        if soft is not None:
+            t = _at(_probs_of(soft), t_at + start * job.p_class)
+            _fetch_probs(t, job, count, size, second, _PITCH)
+        for r in range(count):
+            target = _target(x, job, row + r)
+            if 0 <= target < job.n_classes:
+                here, state = _at(block, r * _PITCH), _at(states, r * _STATE)
+                shares, e = _soft_with(soft, _at(second, r * _PITCH), first), _if_given(stats, second)
+                logit = parts[_LOGIT_PART + r]
+                ref = _read_block(here, size, state, e, shares, first, target, logit, stats)
+                refs[r * n_blocks + b] = ref
+
+
+@njit(**_OPTIONS)
+def _write_group(x, job, row, count, n, first_class, states, parts, refs, block, t_at, g, soft):
     """Write n classes of the gradient of count rows, from terms computed as they were when read.
 
     To keep them costs more than to compute them again: 64 rows of them leave the caches.
     """
-    targets, scales = _at(_int64s(job.targets, x), row), _float64s(job.scale, x)
     n_blocks = (n + _BLOCK - 1) // _BLOCK
-    unit = _sum_unit(block)
+    unit, second = _sum_unit(block), _second(x, block)
     for b in range(n_blocks):
         start = b * _BLOCK
-        size = min(_BLOCK, n - start)
+        size, first = min(_BLOCK, n - start), first_class + start
         _fetch(_at(x, start * job.x_class), job.x_inner, job.x_class, count, size, block, _PITCH)
+        if soft is not None:
+            t = _at(_probs_of(soft), t_at + start * job.p_class)
+            _fetch_probs(t, job, count, size, second, _PITCH)
         for r in range(count):
-            e = _at(block, r * _PITCH)
-            target, scale, ref = targets[r], scales[(row + r) * job.scale_step], refs[r * n_blocks + b]
-            m, gap, rest = states[r * _STATE + _M], parts[r], parts[2 * _TALL + r]
-            place, target_term = target - first_class - start, 0.0
+            e, target = _at(block, r * _PITCH), _target(x, job, row + r)
             if not 0 <= target < job.n_classes:
                 _fill(e, size, 0.0)
                 continue
+            m, gap, rest = states[r * _STATE + _M], parts[_GAP + r], parts[_REST + r]
             if gap != gap:
                 _fill(e, size, np.nan)
                 continue
+            if job.log != 0:
+                _write_log(e, size, m, gap, rest, e, False)
+                continue
+            scale, ref = _scale_of(x, job, row + r), refs[r * n_blocks + b]
+            here, own = (
+                _soft_with(soft, _at(second, r * _PITCH), first),
+                _own_at(x, soft, parts, r, scale),
+            )
+            mass = _if_given(soft, parts[_MASS_PART + r])
+            target_term, place = 0.0, _target_to_write(job, target, soft) - first
             if _is_large(scale):
                 logits = _at(x, start * job.x_class + r * job.x_inner)
-                _write_plain(logits, job.x_class, size, m, rest, scale, e)
+                _write_plain(logits, job.x_class, size, m, rest, scale, e, 1, here, 1, own, mass)
             else:
                 _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, e)
                 drop, again, error = _drop(ref, m)
                 if 0 <= place < size:
                     target_term = np.float64(_get(e, place)) * unit * drop * again
-                _write_block(e, size, drop, again, error, rest, scale, e, False)
-            if 0 <= place < size:
-                _set_target(_at(e, place), gap, target_term, rest, scale)
+                _write_block(e, size, drop, again, error, rest, scale, e, False, here, own, mass, 0)
+            if place < size:
+                _set_target(e, place, gap, target_term, rest, scale, soft, own)
         at = _at(g, start * job.g_class)
         _deliver(block, _PITCH, at, job.g_inner, job.g_class, count, size)
 
@@ -1748,37 +2694,35 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
 @njit(**_OPTIONS)
 def _start_group(x, job, row, count, states, parts):
     """Clear the states of rows and note their targets' logits; return how many are ignored."""
-    targets = _at(_int64s(job.targets, x), row)
     ignored = 0
     for r in range(count):
         _clear(_at(states, r * _STATE))
-        target = targets[r]
+        target = _target(x, job, row + r)
         if 0 <= target < job.n_classes:
             logit = np.float64(_get(x, r * job.x_inner + target * job.x_class))
-            parts[3 * _TALL + r] = logit
+            parts[_LOGIT_PART + r] = logit
         else:
             ignored += 1
     return ignored
 
 
 @njit(**_OPTIONS)
-def _finish_group(x, job, row, count, states, parts):
-    """Losses and ranks of rows that have been read."""
-    targets, ranks = _at(_int64s(job.targets, x), row), _int64s(job.ranks, x)
+def _finish_group(x, job, row, count, states, parts, soft, stats):
+    """Store losses and statistics of rows that have been read; return how many are not valid."""
+    n_bad = 0
     for r in range(count):
-        state, rank = _at(states, r * _STATE), -1
-        if 0 <= targets[r] < job.n_classes:
-            if _finish_row(x, state, parts[3 * _TALL + r], parts, r):
-                rank = np.int64(state[_AHEAD])
-        else:
-            _ignore_row(parts, r)
-        if job.ranks != 0:
-            ranks[row + r] = rank
-    _store_losses(x, parts, _reals_like(job.losses, x), row, count)
+        target = _target(x, job, row + r)
+        if 0 <= target < job.n_classes:
+            state = _at(states, r * _STATE)
+            _finish_row(x, state, target, parts[_LOGIT_PART + r], parts, r, soft, stats)
+            if soft is not None and parts[_BAD_PART + r] != 0.0:
+                n_bad += 1
+    _store_rows(x, job, parts, row, count, soft, stats)
+    return n_bad
 
 
 @njit(**_OPTIONS)
-def _strided_rows(x_type, job, item, worker, with_grad):
+def _strided_rows(x_type, job, item, worker, with_grad, soft, stats):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
@@ -1786,30 +2730,36 @@ def _strided_rows(x_type, job, item, worker, with_grad):
     parts, refs = _at(states, _PARTS), _at(states, _WORK)
     n_refs = _TALL * ((n + _BLOCK - 1) // _BLOCK)
     block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x)
-    ignored, row = 0, first
+    n_ignored, n_bad, row = 0, 0, first
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = _rows_of(x_type, job, row, last)
+        count = _rows_of(x_type, job, row, last, soft)
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
-        targets = _at(_int64s(job.targets, x), row)
-        ignored += _start_group(at, job, row, count, states, parts)
-        _read_group(at, job, count, n, 0, targets, states, parts, refs, block)
-        _finish_group(at, job, row, count, states, parts)
+        t_at = outer * job.p_outer + inner * job.p_inner
+        n_ignored += _start_group(at, job, row, count, states, parts)
+        _read_group(at, job, row, count, n, 0, states, parts, refs, block, t_at, soft, stats)
+        n_bad += _finish_group(at, job, row, count, states, parts, soft, stats)
         if with_grad is not None:
             g = _at(grad, outer * job.g_outer + inner * job.g_inner)
-            _write_group(at, job, row, count, n, 0, states, parts, refs, block, g)
+            _write_group(at, job, row, count, n, 0, states, parts, refs, block, t_at, g, soft)
         row += count
     _sum_tiles(x, job, first, last)
-    return ignored
+    return _by_targets(soft, n_bad, n_ignored)
 
 
 # ---- Kernels for very long rows: a work item is a part of a row, so that threads share it ----
 
 
 @njit(**_OPTIONS)
-def _rows_of(x, job, first, last):
-    """How many rows from ``first`` on are a group: one step apart, and a block of them in 1 MiB."""
-    most = min(_TALL, 1024 // _size(x, 1))
+def _most_rows(x):
+    """How many rows are a group, at most: a block of them in 1 MiB."""
+    return min(_TALL, 1024 // _size(x, 1))
+
+
+@njit(**_OPTIONS)
+def _rows_of(x, job, first, last, soft):
+    """How many rows from ``first`` on are a group: they are one step apart."""
+    most = _most_rows(x) // _by_targets(soft, 2, 1)
     return min(most, last - first, job.inner - (job.first_row + first) % job.inner)
 
 
@@ -1821,7 +2771,7 @@ def _groups_in(x, job, item):
 
 
 @njit(**_OPTIONS)
-def _read_part(x_type, job, item, worker):
+def _read_part(x_type, job, item, worker, soft, stats):
     part, row, last = _groups_in(x_type, job, item)
     first_class = part * _PART
     n = min(_PART, job.n_classes - first_class)
@@ -1829,20 +2779,27 @@ def _read_part(x_type, job, item, worker):
     parts, states, refs = _at(scratch, _PARTS), _float64s(job.states, x_type), _at(scratch, _WORK)
     n_refs = _TALL * (_PART // _BLOCK)
     block = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK + n_refs), x_type)
+    direct = job.item_rows == 1
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = 1 if job.x_class == 1 else _rows_of(x_type, job, row, last)
+        count = 1 if direct else _rows_of(x_type, job, row, last, soft)
         x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
-        targets = _at(_int64s(job.targets, x), row)
+        t_at = outer * job.p_outer + inner * job.p_inner + first_class * job.p_class
         _start_group(x, job, row, count, scratch, parts)
         at = _at(x, first_class * job.x_class)
-        if job.x_class == 1:
-            target = targets[0]
+        if direct:
+            target = _target(x_type, job, row)
             if 0 <= target < job.n_classes:
-                place, logit = target - first_class, parts[3 * _TALL]
-                _read_row(at, n, scratch, place, logit, refs, None, 1, job.ranks != 0)
+                logit = parts[_LOGIT_PART]
+                here, e = (
+                    _soft_with(soft, _at(_probs_of(soft), t_at), first_class),
+                    _if_given(stats, block),
+                )
+                _read_row(at, n, scratch, refs, e, 0, here, first_class, target, logit, stats)
         else:
-            _read_group(at, job, count, n, first_class, targets, scratch, parts, refs, block)
+            _read_group(
+                at, job, row, count, n, first_class, scratch, parts, refs, block, t_at, soft, stats
+            )
         for r in range(count):
             for i in range(_STATE):
                 states[((row + r) * job.n_parts + part) * _STATE + i] = scratch[r * _STATE + i]
@@ -1851,48 +2808,67 @@ def _read_part(x_type, job, item, worker):
 
 
 @njit(**_OPTIONS)
-def _merge(state, other, unit):
+def _merge(state, other, unit, soft, stats):
     """Add the state of a later part of a row."""
     if other[_M] > state[_M]:
-        _raise_maximum(state, other[_M], unit)
+        _raise_maximum(state, other[_M], unit, soft, stats)
+        if stats is not None:
+            state[_TOP] = other[_TOP]
+    behind = -np.inf < other[_M] < state[_M]
+    rise = state[_M] - other[_M] if behind else 0.0
     total, carry = other[_TOTAL], other[_CARRY]
     if other[_M] == state[_M]:
         state[_TIES] += other[_TIES]
-    elif other[_M] > -np.inf:
+    elif behind:
         former, error = _scale_sum(other[_TIES] / unit, 0.0, other[_M], other[_REF])
         total, rounded = _two_sum_of(total, former)
         carry += rounded + error
+    if soft is not None:
+        if behind and other[_MASS] > 0.0:
+            mass = other[_MASS] + other[_MASS_CARRY]
+            _add_to(state, _LINEAR, mass * _rise(soft, state[_M], other[_M]), 0.0)
+        _add_to(state, _LINEAR, other[_LINEAR], other[_LINEAR_CARRY])
+        _add_to(state, _MASS, other[_MASS], other[_MASS_CARRY])
+        below = _BELOW if other[_M] == state[_M] else _MASS
+        _add_to(state, _BELOW, other[below], other[below + 1])
+        state[_LEAST] = min(state[_LEAST], other[_LEAST])
+    if stats is not None:
+        state[_AHEAD] += other[_AHEAD]
+        _add_to(other, _SPREAD, (total + carry) * rise, 0.0)
+        if other[_M] > -np.inf:
+            a, b = other[_REF], state[_REF]
+            spread, error = _scale_sum(other[_SPREAD], other[_SPREAD_CARRY], a, b)
+            _add_to(state, _SPREAD, spread, error)
+            squares, error = _scale_squares(other[_SQUARES], other[_SQUARES_CARRY], a, b)
+            _add_to(state, _SQUARES, squares, error)
     if other[_M] > -np.inf:
         total, carry = _scale_sum(total, carry, other[_REF], state[_REF])
-    state[_TOTAL], error = _two_sum_of(state[_TOTAL], total)
-    state[_CARRY] += error + carry
-    state[_AHEAD] += other[_AHEAD]
+    _add_to(state, _TOTAL, total, carry)
 
 
 @njit(**_OPTIONS)
-def _merge_parts(x_type, job, item, worker):
+def _merge_parts(x_type, job, item, worker, soft, stats):
     """Merge the states of each row's parts, in order, into the first, and finish the rows."""
     scratch = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
-    parts, unit, ignored = _at(scratch, _PARTS), _sum_unit(x_type), 0
+    parts, unit, n_ignored, n_bad = _at(scratch, _PARTS), _sum_unit(x_type), 0, 0
     for row in range(job.n_rows):
         outer, inner = divmod(job.first_row + row, job.inner)
         x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
         merged = _at(_float64s(job.states, x), row * job.n_parts * _STATE)
         for part in range(1, job.n_parts):
-            _merge(merged, _at(merged, part * _STATE), unit)
-        ignored += _start_group(x, job, row, 1, scratch, parts)
+            _merge(merged, _at(merged, part * _STATE), unit, soft, stats)
+        n_ignored += _start_group(x, job, row, 1, scratch, parts)
         for i in range(_STATE):
             scratch[i] = merged[i]
-        _finish_group(x, job, row, 1, scratch, parts)
-        # what the gradient needs
-        for i in range(4):
+        n_bad += _finish_group(x, job, row, 1, scratch, parts, soft, stats)
+        for i in range(_GRADIENT_PARTS):
             merged[_TOTAL + i] = parts[i * _TALL]
     _sum_tiles(x_type, job, 0, job.n_rows)
-    return ignored
+    return _by_targets(soft, n_bad, n_ignored)
 
 
 @njit(**_OPTIONS)
-def _write_part(x_type, job, item, worker):
+def _write_part(x_type, job, item, worker, soft):
     part, row, last = _groups_in(x_type, job, item)
     first_class = part * _PART
     n = min(_PART, job.n_classes - first_class)
@@ -1903,24 +2879,27 @@ def _write_part(x_type, job, item, worker):
     n_blocks = (n + _BLOCK - 1) // _BLOCK
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
-        count = _rows_of(x_type, job, row, last)
+        count = _rows_of(x_type, job, row, last, soft)
         x_at = outer * job.x_outer + inner * job.x_inner + first_class * job.x_class
         g_at = outer * job.g_outer + inner * job.g_inner + first_class * job.g_class
+        t_at = outer * job.p_outer + inner * job.p_inner + first_class * job.p_class
         x = _pointer_like(job.x + _size(x_type, x_at), x_type)
         g = _pointer_like(job.grad + _size(x_type, g_at), x_type)
         for r in range(count):
             merged = _at(states, (row + r) * job.n_parts * _STATE)
             scratch[r * _STATE + _M] = merged[_M]
-            for i in range(4):
+            for i in range(_GRADIENT_PARTS):
                 parts[i * _TALL + r] = merged[_TOTAL + i]
             for b in range(n_blocks):
                 refs[r * n_blocks + b] = merged[_M]
-        _write_group(x, job, row, count, n, first_class, scratch, parts, refs, block, g)
+        _write_group(x, job, row, count, n, first_class, scratch, parts, refs, block, t_at, g, soft)
         row += count
     return 0
 
 
 # ---- Kernels for narrow rows: lanes are rows ----
+
+_LANES_WORK = _NARROW * _GROUP
 
 
 @njit(**_OPTIONS)
@@ -1948,6 +2927,13 @@ def _fetch_lanes(x, row_step, class_step, count, n, work):
 
 
 @njit(**_OPTIONS)
+def _fetch_lanes_of_probs(t, job, count, n, work):
+    """Do the same with probabilities, where there are any."""
+    if t is not None:
+        _fetch_lanes(t, job.p_inner, job.p_class, count, n, work)
+
+
+@njit(**_OPTIONS)
 def _deliver_lanes(work, g, row_step, class_step, count, n):
     """Copy the other way."""
     lanes = _lanes(g)
@@ -1972,135 +2958,197 @@ def _deliver_lanes(work, g, row_step, class_step, count, n):
 
 
 @njit(**_OPTIONS)
-def _rank_rows(x, n, work, target_logit, target):
-    ranks = _no_ranks(x)
-    for c in range(n):
-        ranks = _rank_lanes(ranks, _vector_at(work, c * _lanes(x)), target_logit, target, c)
-    return ranks
+def _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats):
+    """Return the statistics that are wanted of rows in the lanes of logits and exponentials."""
+    lanes, unit = _lanes(x), _splat_double(x, _sum_unit(x))
+    tops, ahead = _splat(x, 0.0), _splat(x, 0.0)
+    spread, squares = _splat_double(x, 0.0), _splat_double(x, 0.0)
+    if stats is not None and job.argmax != 0:
+        for c in range(n - 1, -1, -1):
+            tops = _top_lanes(tops, _vector_at(work, c * lanes), m, c)
+    if stats is not None and job.rank != 0:
+        for c in range(n):
+            ahead = _rank_lanes(ahead, _vector_at(work, c * lanes), target_logit, target, c)
+    if stats is not None and job.entropy != 0:
+        sums = _sum_spread(work, n * lanes, e, m)
+        spread = _times(_plus(sums.total, sums.carry), unit)
+    if stats is not None and job.brier != 0:
+        for r in range(count):
+            own = _target(x, job, row + r)
+            if 0 <= own < n:
+                _set(e, own * lanes + r, 0.0)
+        sums = _sum_squares(work, n * lanes, e)
+        squares = _times(_plus(sums.total, sums.carry), _splat_double(x, _square_unit(x)))
+    m, target_logit = _nan_with(_as_doubles(m), rest), _as_doubles(target_logit)
+    return _found(stats, m, target_logit, _as_doubles(tops), _as_doubles(ahead), spread, squares)
 
 
 @njit(**_OPTIONS)
-def _narrow_rows(x_type, job, item, worker, with_grad):
+def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
     x, grad, n = _pointer_like(job.x, x_type), _pointer_like(job.grad, x_type), job.n_classes
-    targets = _int64s(job.targets, x)
-    saved = _float64s(job.scratch + 8 * worker * job.scratch_size, x)  # rows' numbers, one by one
-    work = _reals_like(job.scratch + 8 * (worker * job.scratch_size + _WORK), x)
-    lanes, ignored, row = _lanes(x), 0, first
+    scratch = job.scratch + 8 * worker * job.scratch_size
+    saved = _float64s(scratch, x)  # rows' numbers, one by one
+    work, second = (
+        _reals_like(scratch + 8 * _WORK, x),
+        _reals_like(scratch + 8 * (_WORK + _LANES_WORK), x),
+    )
+    lanes, counted, row = _lanes(x), 0, first
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
         count = min(lanes, last - row, job.inner - inner)
         at = _at(x, outer * job.x_outer + inner * job.x_inner)
         _fetch_lanes(at, job.x_inner, job.x_class, count, n, work)
-        kept, target, n_ignored = _read_targets(x, targets, row, count, n)
-        ignored += n_ignored
+        kept, target, n_counted = _lanes_kept(x, job, row, count)
         m, target_logit = _splat(x, -np.inf), _splat(x, 0.0)
         for c in range(n):
             v = _vector_at(work, c * lanes)
             m = _larger_of(v, m)
             target_logit = _where_class(target_logit, target, c, v)
-        row_ranks = _no_ranks(x)
-        if job.ranks != 0:
-            row_ranks = _rank_rows(x, n, work, target_logit, target)
-        ref = _finite_or_zero(m)
-        if with_grad is None:
-            totals, carries, ties = _sum_terms(work, n * lanes, ref, m, None)
-        else:
-            totals, carries, ties = _sum_terms(work, n * lanes, ref, m, work)
-        gap, rest = _finish_lanes(
-            x, job, row, count, kept, m, target_logit, totals, carries, ties, row_ranks
-        )
+        t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
+        _fetch_lanes_of_probs(t, job, count, n, second)
+        here = _soft_with(soft, second, 0)
+        sums = _sum_shares(work, n * lanes, here, m, _if_given(with_grad, m))
+        e = second if job.log != 0 or stats is not None else work
+        e = _if_either(with_grad, stats, e)
+        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, e)
+        rest = _total_of(totals, carries, ties)
+        found = _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats)
+        gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
+        w = _target_weights(x, job, row, count, soft, lanes, saved)
+        linear, mass = _closed(sums.linear, sums.linear_carry), _closed(sums.mass, sums.mass_carry)
+        below = _closed(sums.below, sums.below_carry)
+        linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
+        n_counted = _by_targets(soft, _count_bad(kept, sums.least, mass), n_counted)
+        _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved)
         if with_grad is not None:
-            scale = _scale_lanes(x, job, row, count, saved)
-            target_term = _splat(x, 0.0)
-            for c in range(n):
-                v = _vector_at(work, c * lanes)
-                target_term = _where_class(target_term, target, c, v)
-            hi, lo, down, least, own = _lane_factors(x, gap, target_term, rest, scale)
-            for c in range(n):
-                _narrow_gradient(work, c, kept, target, own, hi, lo, down, least)
-            if _any_at_least(scale, _MAX_SCALE):
-                _store(saved, 0, scale)
-                _store(saved, lanes, _as_doubles(m))
-                _store(saved, 2 * lanes, gap)
-                _store(saved, 3 * lanes, rest)
-                _plain_lanes(x, job, at, count, n, saved, _at(targets, row), work)
+            if job.log != 0:
+                how = _log_parts(x, _as_doubles(m), gap, rest)
+                for c in range(n):
+                    _narrow_gradient(work, c, kept, target, m, how)
+            else:
+                scale = _scale_lanes(x, job, row, count, saved)
+                target_term = _splat(x, 0.0)
+                for c in range(n):
+                    target_term = _where_class(target_term, target, c, _vector_at(work, c * lanes))
+                term = _term_of(x, target_term)
+                factor = _lane_factors(x, gap, rest, _times_mass(scale, mass))
+                own = _own_parts(x, soft, scale, gap, term, rest, mass, others, w)
+                how, ids = _how(factor, own, here), _class_id(soft, target)
+                own = _target_lanes(x, own, gap, term, rest, scale)
+                for c in range(n):
+                    _narrow_gradient(work, c, kept, ids, own, how)
+                if _any_at_least(scale, _MAX_SCALE):
+                    _store(saved, 0, scale)
+                    _store(saved, lanes, _as_doubles(m))
+                    _store(saved, 2 * lanes, gap)
+                    _store(saved, 3 * lanes, rest)
+                    if soft is not None:
+                        _store(saved, 4 * lanes, mass)
+                        _store(saved, 5 * lanes, others)
+                        _store(saved, 6 * lanes, w)
+                    _plain_lanes(x, job, at, row, count, n, saved, work, here)
             g = _at(grad, outer * job.g_outer + inner * job.g_inner)
             _deliver_lanes(work, g, job.g_inner, job.g_class, count, n)
+        counted += n_counted
         row += count
     _sum_tiles(x, job, first, last)
-    return ignored
+    return counted
 
 
 @njit(**_OPTIONS)
-def _plain_lanes(x_type, job, x, count, n, saved, targets, work):
+def _plain_lanes(x_type, job, x, row, count, n, saved, work, soft):
     """Compute the gradient of rows with a large scale from their logits."""
     lanes = _lanes(x)
     for r in range(count):
         scale, m, gap, rest = saved[r], saved[lanes + r], saved[2 * lanes + r], saved[3 * lanes + r]
-        if _is_large(scale) and 0 <= targets[r] < n and gap == gap:
-            unit = scale / (1.0 + rest)
-            for c in range(n):
-                d = np.float64(_get(x, r * job.x_inner + c * job.x_class)) - m
-                _set(work, c * lanes + r, math.exp(d) * unit)
-            own = _target_gradient(gap, math.exp(-gap), rest, scale)
-            _set(work, targets[r] * lanes + r, own)
+        target = _target(x, job, row + r)
+        if _is_large(scale) and 0 <= target < n and gap == gap:
+            logits, out = _at(x, r * job.x_inner), _at(work, r)
+            here, mass = _soft_with(soft, _at(_probs_of(soft), r), 0), saved[4 * lanes + r]
+            others, w = saved[5 * lanes + r], saved[6 * lanes + r]
+            own = _own_parts(x, soft, scale, gap, math.exp(-gap), rest, mass, others, w)
+            _write_plain(logits, job.x_class, n, m, rest, scale, out, lanes, here, lanes, own, mass)
+            written = _target_to_write(job, target, soft)
+            _set_target(out, written * lanes, gap, 0.0, rest, scale, soft, own)
 
 
-# ---- The kernels, by name ----
+# ---- The kernels: what is wanted of them stands in the type of their first argument ----
 
 
-def _narrow(x, job, item, worker):
-    return _narrow_rows(x, numba.carray(job, 1)[0], item, worker, None)
+def _if_wanted(name: str) -> Any:
+    """Make an intrinsic that returns a value in kernels of which something is wanted, else None."""
+
+    def give(typingctx: Any, call: Any, value: Any) -> Any:
+        wanted = name in call.wanted
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return args[1] if wanted else context.get_dummy_value()
+
+        return (value if wanted else types.none)(call, value), codegen
+
+    return intrinsic(give)
 
 
-def _narrow_grad(x, job, item, worker):
-    return _narrow_rows(x, numba.carray(job, 1)[0], item, worker, True)
+_if_grad, _if_soft, _if_stats = map(_if_wanted, ("grad", "soft", "stats"))
+_if_probs, _if_weight = map(_if_wanted, ("probs", "weight"))
 
 
-def _middle(x, job, item, worker):
-    return _middle_rows(x, numba.carray(job, 1)[0], item, worker, None)
+@njit(**_OPTIONS)
+def _soft_of(call, job):
+    probs, weight = _pointer_like(job.probs, call), _reals_like(job.weight, call)
+    soft = _Soft(
+        _if_probs(call, probs), _if_weight(call, weight), job.alpha, job.beta, job.unit, job.id_share
+    )
+    return _if_soft(call, soft)
 
 
-def _middle_grad(x, job, item, worker):
-    return _middle_rows(x, numba.carray(job, 1)[0], item, worker, True)
+def _narrow(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _narrow_rows(x, job, item, worker, _if_grad(call, 1), soft, stats)
 
 
-def _middle_strided(x, job, item, worker):
-    return _middle_strided_rows(x, numba.carray(job, 1)[0], item, worker, None)
+def _middle(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _middle_rows(x, job, item, worker, _if_grad(call, 1), soft, stats)
 
 
-def _middle_strided_grad(x, job, item, worker):
-    return _middle_strided_rows(x, numba.carray(job, 1)[0], item, worker, True)
+def _middle_strided(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _middle_strided_rows(x, job, item, worker, _if_grad(call, 1), soft, stats)
 
 
-def _direct(x, job, item, worker):
-    return _direct_rows(x, numba.carray(job, 1)[0], item, worker, None)
+def _direct(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _direct_rows(x, job, item, worker, _if_grad(call, 1), soft, stats)
 
 
-def _direct_grad(x, job, item, worker):
-    return _direct_rows(x, numba.carray(job, 1)[0], item, worker, True)
+def _strided(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _strided_rows(x, job, item, worker, _if_grad(call, 1), soft, stats)
 
 
-def _strided(x, job, item, worker):
-    return _strided_rows(x, numba.carray(job, 1)[0], item, worker, None)
+def _long_read(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _read_part(x, job, item, worker, soft, stats)
 
 
-def _strided_grad(x, job, item, worker):
-    return _strided_rows(x, numba.carray(job, 1)[0], item, worker, True)
+def _long_merge(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    x, soft, stats = _pointer_like(0, call), _soft_of(call, job), _if_stats(call, job)
+    return _merge_parts(x, job, item, worker, soft, stats)
 
 
-def _long_read(x, job, item, worker):
-    return _read_part(x, numba.carray(job, 1)[0], item, worker)
-
-
-def _long_merge(x, job, item, worker):
-    return _merge_parts(x, numba.carray(job, 1)[0], item, worker)
-
-
-def _long_grad(x, job, item, worker):
-    return _write_part(x, numba.carray(job, 1)[0], item, worker)
+def _long_write(call, job, item, worker):
+    job = numba.carray(job, 1)[0]
+    return _write_part(_pointer_like(0, call), job, item, worker, _soft_of(call, job))
 
 
 _DTYPES = {
@@ -2113,10 +3161,11 @@ _compiling = threading.Lock()
 
 
 @functools.cache
-def _address_of(kernel: Callable[..., None], dtype: np.dtype[Any]) -> int:
-    """Compile a kernel for a dtype, or load it from the disk, and return its address."""
-    job = types.CPointer(numba.from_dtype(np.dtype([(name, np.int64) for name in _JOB])))
-    signature = types.int64(types.CPointer(_DTYPES[dtype]), job, types.int64, types.int64)
+def _address_of(kernel: Callable[..., None], dtype: np.dtype[Any], wanted: tuple[str, ...] = ()) -> int:
+    """Compile a kernel for a dtype and what is wanted, or load it from the disk; return its address."""
+    fields = [(name, np.float64 if name in _MORE[-_NUMBERS:] else np.int64) for name in _JOB + _MORE]
+    job = types.CPointer(numba.from_dtype(np.dtype(fields)))
+    signature = types.int64(_Call(_DTYPES[dtype], wanted), job, types.int64, types.int64)
     with _compiling:
         address: int = numba.cfunc(signature, cache=True, **_OPTIONS)(kernel).address
         return address
@@ -2192,84 +3241,231 @@ class NumbaKernels(Kernels):
         losses: NDArray[Any],
         tile_sums: NDArray[np.float64],
         *,
-        ranks: NDArray[np.int64] | None,
+        row_weights: NDArray[np.float64] | None,
+        soft: Soft | None,
+        stats: Stats | None,
         scale: NDArray[np.float64] | None,
         grad: NDArray[Any] | None,
         stream: bool,
         num_threads: int,
     ) -> int:
         """See `fastce.kernels.Kernels.rows`."""
-        n_rows = len(targets)
-        if n_rows == 0:
-            return 0
-        if scale is None or grad is None:
-            scale = grad = None
-        _, inner, n_classes = logits.shape
-        x_strides = _strides(logits)
-        g_strides = x_strides if grad is None else _strides(grad)
-        plan = _plan(n_classes, x_strides[2] == g_strides[2] == 1, grad is not None)
-        n_parts = -(-n_classes // _PART)
-        n_items = -(-n_rows // plan.item_rows) * n_parts
-        n_states = n_rows * n_parts * _STATE if n_parts > 1 else 0  # a multiple of 8, as all sizes here
-        workers = max(1, min(num_threads, n_items))
-        with _Memory(_JOB_WORDS + n_states + workers * plan.scratch_size) as memory:
-            states = memory.address + 8 * _JOB_WORDS
-            memory.words[: len(_JOB)] = (
-                *(_address(logits), *x_strides, inner, first_row, n_rows, n_classes),
-                *(_address(targets), _address(losses), _address(tile_sums)),
-                *(tile_rows(n_classes), plan.item_rows, 0 if ranks is None else _address(ranks)),
-                *((0, 0) if scale is None else (_address(scale), scale.strides[0] // 8)),
-                *(0 if grad is None else _address(grad), *g_strides),
-                stream and n_classes * logits.itemsize >= _STREAM_BYTES,
-                *(states + 8 * n_states, plan.scratch_size, states, n_parts),
-            )
-            ignored = 0
-            for kernel in plan.kernels:
-                function = _address_of(kernel, logits.dtype)
-                if workers == 1 or kernel is _long_merge:
-                    items = 1 if kernel is _long_merge else n_items
-                    ignored += _run_serially(function, memory.address, items)
-                else:
-                    ignored += _run_parallel(function, memory, n_items, workers)
-            return ignored
+        write = None if scale is None or grad is None else (grad, scale, stream, False)
+        places = _address(targets), _address(losses), _address(tile_sums)
+        task = logits, first_row, len(targets), places, num_threads
+        if row_weights is None and soft is None and stats is None:
+            return _run(*task, write, None)
+        if stats is not None and write is not None:  # which may take the place of the logits
+            _run(*task, None, _more(logits, row_weights, None, stats))
+            stats = None
+        return _run(*task, write, _more(logits, row_weights, soft, stats))
+
+    def softmax(
+        self,
+        logits: NDArray[Any],
+        first_row: int,
+        n_rows: int,
+        out: NDArray[Any],
+        *,
+        log: bool,
+        stream: bool,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.softmax`."""
+        _run(logits, first_row, n_rows, (0, 0, 0), num_threads, (out, _ONE, stream, log), None)
+
+    def kl_from_logits(
+        self,
+        p_logits: NDArray[Any],
+        q_logits: NDArray[Any],
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        num_threads: int,
+    ) -> None:
+        """See `fastce.kernels.Kernels.kl_from_logits`."""
+        _elements().kl_from_logits(p_logits, q_logits, first_row, out, num_threads=num_threads)
+
+    def distributions(
+        self,
+        measure: str,
+        p: NDArray[Any],
+        q: NDArray[Any] | None,
+        first_row: int,
+        out: NDArray[Any],
+        *,
+        base: float | None,
+        num_threads: int,
+    ) -> int:
+        """See `fastce.kernels.Kernels.distributions`."""
+        run = _elements().distributions
+        return int(run(measure, p, q, first_row, out, base=base, num_threads=num_threads))
+
+    def information(
+        self, p: NDArray[Any], out: NDArray[Any], *, base: float | None, num_threads: int
+    ) -> int:
+        """See `fastce.kernels.Kernels.information`."""
+        return int(_elements().information(p, out, base=base, num_threads=num_threads))
+
+    def binary(self, x: NDArray[Any], targets: NDArray[Any], *args: Any, **options: Any) -> int:
+        """See `fastce.kernels.Kernels.binary`."""
+        return int(_elements().binary(x, targets, *args, **options))
+
+
+def _elements() -> Any:
+    """Return the kernels that work element by element, which a call for rows does not need."""
+    from fastce._backends import numba_elements
+
+    return numba_elements
+
+
+_ONE = np.broadcast_to(np.float64(1.0), 2)  # the scale of a softmax
+
+
+class _More(NamedTuple):
+    """What plain calls have not."""
+
+    wanted: tuple[str, ...]  # of kernels
+    direct: bool  # whether probabilities of a row lie side by side
+    words: tuple[float, ...]  # of the job
+    weight: NDArray[Any] | None  # which the job refers to
+
+
+def _more(
+    logits: NDArray[Any],
+    row_weights: NDArray[np.float64] | None,
+    soft: Soft | None,
+    stats: Stats | None,
+) -> _More:
+    n_classes = logits.shape[2]
+    probs, weight, smoothing = soft or Soft(None, None, 0.0)
+    share = smoothing / n_classes
+    wanted: tuple[str, ...] = () if stats is None else ("stats",)
+    id_weights = None
+    if probs is None and smoothing == 0.0:
+        weight, id_weights = None, weight
+    else:
+        arrays = {"soft": logits, "probs": probs, "weight": weight}
+        wanted = tuple(name for name, array in arrays.items() if array is not None)
+    if weight is not None and n_classes <= _NARROW:  # a vector for each class
+        weight = np.repeat(weight, _lanes_of(_DTYPES[logits.dtype]))
+    t = (0, 0, 0, 0) if probs is None else (_address(probs), *_strides(probs))
+    words = (
+        *((0, 0) if row_weights is None else (_address(row_weights), row_weights.strides[0] // 8)),
+        *(_address_or_0(id_weights), *t, _address_or_0(weight)),
+        *map(_address_or_0, stats or Stats()),
+        *(
+            (0.0, share, share, 1.0 - smoothing)
+            if probs is None
+            else (1.0 - smoothing, share, 1.0, 0.0)
+        ),
+    )
+    return _More(wanted, probs is None or t[3] == 1, words, weight)
+
+
+def _address_or_0(array: NDArray[Any] | None) -> int:
+    return 0 if array is None else _address(array)
+
+
+def _run(
+    logits: NDArray[Any],
+    first_row: int,
+    n_rows: int,
+    places: tuple[int, int, int],
+    num_threads: int,
+    write: tuple[NDArray[Any], NDArray[np.float64], bool, bool] | None,
+    more: _More | None,
+) -> int:
+    """Run the kernels for some rows, whose targets, losses and sums of tiles have these addresses.
+
+    ``write`` says what to write where the logits have their shape: a gradient, its scale, whether it is
+    to pass by the caches, and whether it is the logarithm of a softmax.
+    """
+    if n_rows == 0:
+        return 0
+    _, inner, n_classes = logits.shape
+    x_strides = _strides(logits)
+    wanted: tuple[str, ...] = () if more is None else more.wanted
+    direct = x_strides[2] == 1 and (more is None or more.direct)
+    outputs: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
+    if write is not None:
+        grad, scale, stream, log = write
+        g_strides = _strides(grad)
+        wanted, direct = ("grad", *wanted), direct and g_strides[2] == 1
+        stream = stream and n_classes * logits.itemsize >= _STREAM_BYTES
+        outputs = _address(scale), scale.strides[0] // 8, _address(grad), *g_strides, stream, log
+    plan = _plan(logits.dtype, n_classes, direct, wanted)
+    n_items = -(-n_rows // plan.item_rows) * plan.n_parts
+    # a multiple of 8, as all sizes here
+    n_states = n_rows * plan.n_parts * _STATE if plan.n_parts > 1 else 0
+    workers = max(1, min(num_threads, n_items))
+    with _Memory(_JOB_WORDS + n_states + workers * plan.scratch_size) as memory:
+        states = memory.address + 8 * _JOB_WORDS
+        _pack_job(
+            *(memory.words, 0, _address(logits), *x_strides, inner, first_row, n_rows, n_classes),
+            *(*places, plan.tile_rows, plan.item_rows),
+            *outputs,
+            *(states + 8 * n_states, plan.scratch_size, states, plan.n_parts),
+            more is not None,
+        )
+        if more is not None:
+            _pack_more(memory.words, 8 * len(_JOB), *more.words)
+        counted = 0
+        for function, is_merge in plan.functions:
+            if workers == 1 or is_merge:
+                counted += _run_serially(function, memory.address, 1 if is_merge else n_items)
+            else:
+                counted += _run_parallel(function, memory, n_items, workers)
+        return counted
+
+
+_pack_job = struct.Struct(f"{len(_JOB)}q").pack_into
+_pack_more = struct.Struct(f"{len(_MORE) - _NUMBERS}q{_NUMBERS}d").pack_into
 
 
 class _Plan(NamedTuple):
     """How rows of some width and layout are computed."""
 
-    kernels: tuple[Callable[..., None], ...]  # one after the other
+    functions: tuple[tuple[int, bool], ...]  # one after the other; whether it merges parts, as one item
+    tile_rows: int
     item_rows: int  # rows in an item of work
+    n_parts: int  # of a row
     scratch_size: int  # words of each worker
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(n_classes: int, direct: bool, with_grad: bool) -> _Plan:
+def _plan(dtype: np.dtype[Any], n_classes: int, direct: bool, wanted: tuple[str, ...]) -> _Plan:
     """Choose kernels; ``direct`` says that the classes of a row lie side by side."""
     item_rows, kept = tile_rows(n_classes), 0
     if n_classes <= _NARROW:
-        kernels = (_narrow_grad if with_grad else _narrow,)
-        work = _WORK + _NARROW * _GROUP
+        kernel = _narrow
+        work = _WORK + 2 * _LANES_WORK
     elif n_classes <= _BLOCK:
-        if direct:
-            kernels = (_middle_grad if with_grad else _middle,)
-        else:
-            kernels = (_middle_strided_grad if with_grad else _middle_strided,)
-        work = _SLOTS + max(_GROUP * _PITCH, 0 if direct else _FETCHED_BYTES // 8)
+        kernel = _middle if direct else _middle_strided
+        work = _SLOTS + (_GROUP * _PITCH if direct else _FETCHED_BYTES // 8 + _PITCH)
     elif n_classes > _PART:
-        kernels = (_long_read, _long_merge) + ((_long_grad,) if with_grad else ())
         item_rows = 1 if direct else _TALL
         work = _WORK + _TALL * (_PART // _BLOCK + _PITCH)
     elif direct:
-        kernels = (_direct_grad if with_grad else _direct,)
+        kernel = _direct
         work = _WORK + _PART // _BLOCK
-        kept = n_classes
+        kept = n_classes if "grad" in wanted else _BLOCK
     else:
-        kernels = (_strided_grad if with_grad else _strided,)
+        kernel = _strided
         work = _WORK + _TALL * (-(-n_classes // _BLOCK) + _PITCH)
+    if n_classes > _PART:
+        read = tuple(name for name in wanted if name != "grad")
+        kernels = [(_long_read, read), (_long_merge, read), (_long_write, wanted)]
+        kernels = kernels[: 3 if "grad" in wanted else 2]
+    else:
+        kernels = [(kernel, wanted)]
+    functions = ((_address_of(kernel, dtype, of), kernel is _long_merge) for kernel, of in kernels)
     if not direct:  # rows in the lanes of a vector
         item_rows *= -(-_FETCHED // item_rows)
-    work += kept if with_grad else 0
-    return _Plan(kernels, item_rows, -(-work // 8) * 8)
+    scratch_size = -(-(work + kept) // 8) * 8
+    return _Plan(
+        tuple(functions), tile_rows(n_classes), item_rows, -(-n_classes // _PART), scratch_size
+    )
 
 
 def _strides(array: NDArray[Any]) -> tuple[int, int, int]:
@@ -2295,7 +3491,7 @@ def _address(array: NDArray[Any]) -> int:
 
 
 # The job, and then the counter of items.
-_JOB_WORDS = 32
+_JOB_WORDS = 64
 _spare = threading.local()
 
 

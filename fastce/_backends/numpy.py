@@ -257,14 +257,18 @@ def _narrowed(grad: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _sum(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each row, by halves: NumPy adds up to 16 in turn, whose errors may agree."""
+    """Return the sum of each row, by halves, with what is rounded away on the way."""
+    lost = np.zeros(len(terms))
     while (n := terms.shape[1]) > 1:
-        half = n // 2
-        sums = terms[:, :half] + terms[:, half : 2 * half]
-        if n % 2:
-            sums[:, 0] += terms[:, -1]
-        terms = sums
-    return terms[:, 0] if terms.shape[1] else np.zeros(len(terms))
+        a, b = terms[:, : n // 2], terms[:, n // 2 : n // 2 * 2]
+        sums = a + b
+        b1 = sums - a
+        lost += ((a - (sums - b1)) + (b - b1)).sum(axis=1)
+        terms = np.concatenate([sums, terms[:, -1:]], axis=1) if n % 2 else sums
+    if not terms.shape[1]:
+        return lost
+    total = terms[:, 0]
+    return total + np.where(np.isfinite(total), lost, 0.0)
 
 
 def _exponentials(x: NDArray[np.float64], targets: NDArray[np.int64]) -> _Rows:
@@ -395,8 +399,8 @@ def _sum_tiles(losses: NDArray[Any], tile_sums: NDArray[np.float64], n_classes: 
 def _divergence(p: _Rows, q: _Rows) -> NDArray[np.float64]:
     """Return the sum of p (exp(-d) - 1 + d), where d = log p - log q is what is left of x_p - x_q.
 
-    Of rows that are close little is left, so what the subtractions round away is carried along. d is off
-    by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
+    Of rows that are close little is left, so what the subtractions round away is carried along. d is
+    off by the error of the rows' sums, s, the same for all classes. That adds s^2 / 2 to the result, to
     first order, and makes the sum of q - p, which should be 0, s: so it can be subtracted and, where it
     is not small against the result, the sum be taken again with what is known of s.
     """
@@ -447,9 +451,9 @@ def _log(p: NDArray[np.float64], base: float | None) -> NDArray[np.float64]:
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return p log(p/q) - p + q, without cancellation.
 
-    With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and
-    A = 1/3 + z/5 + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that
-    is taken of p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
+    With s = (p - q) / (p + q), log(p/q) is 2 atanh(s) = 2 s (1 + z A), where z = s^2 and A = 1/3 + z/5
+    + z^2/7 + ...; all together (p - q) s (1 + s (1 + s) A). Unless p/q is in [1/2, 2], that is taken of
+    p and 2^k q, which is next to p, and the rest is p k log(2) - (2^k q - q).
     """
     near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
     k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
