@@ -449,7 +449,7 @@ def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.floa
     """
     near = (p <= 2 * q) & (q <= 2 * p) | (p == 0) | (q == 0)
     k = np.where(near, 0.0, np.rint(np.log2(p) - np.log2(q)))
-    q_k = np.ldexp(q, k.astype(np.int64))
+    q_k = np.ldexp(q, k.astype(np.intc))
     s = (p - q_k) / (p + q_k)
     z = s * s
     a, power = np.zeros_like(z), np.ones_like(z)
