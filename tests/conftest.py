@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastce import cpu, registry, threads
@@ -15,6 +17,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, instead of skip, where a backend that this processor can run is unavailable",
     )
+
+    parser.addoption(
+        "--all-halves",
+        action="store_true",
+        help="test what Numba compiles for both half dtypes with both; it takes minutes",
+    )
+
+
+# Numba compiles each combination of options for seconds. The half dtypes differ in their loads and
+# stores alone, and each of these is in what is left: of targets with many shares, one kind for each.
+_OTHER_HALF = re.compile("numba-.*((ids|smooth weighed)-bfloat16|(probabilities|soft weighed)-float16)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-halves"):
+        return
+    dropped = {item for item in items if _OTHER_HALF.fullmatch(_parameters(item))}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _parameters(item: pytest.Item) -> str:
+    return item.callspec.id if hasattr(item, "callspec") else ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
