@@ -249,7 +249,12 @@ def score(
         terminal.say(f"fastce: share {shard} is done; when all are: fastce merge {out}")
     if figures.ignored == figures.rows:
         return _fail(f"no row was scored: all {figures.rows} rows are ignored", _BAD_INPUT)
-    messages = failed(gates, figures.as_dict()["figures"])
+    return _say_gates(failed(gates, figures.as_dict()["figures"]))
+
+
+def _say_gates(messages: Sequence[str]) -> int:
+    from fastce import terminal
+
     for message in messages:
         terminal.say(f"fastce: gate failed: {message}")
     return _GATE if messages else 0
@@ -274,9 +279,15 @@ def _print_figures(figures: Figures, format_: str, *, explain: bool = False) -> 
         terminal.print_definitions(definitions(), to_stderr=format_ != "table")
     for warning in figures.warnings:
         terminal.say(f"fastce: warning: {warning}")
-    if figures.nonfinite:
-        rows = "1 row has" if figures.nonfinite == 1 else f"{figures.nonfinite} rows have"
-        terminal.say(f"fastce: warning: {rows} a loss that is NaN or infinite")
+    _say_nonfinite(figures.nonfinite, "loss")
+
+
+def _say_nonfinite(n_rows: int, what: str) -> None:
+    from fastce import terminal
+
+    if n_rows:
+        rows = "1 row has" if n_rows == 1 else f"{n_rows} rows have"
+        terminal.say(f"fastce: warning: {rows} a {what} that is NaN or infinite")
 
 
 @app.command
@@ -415,9 +426,7 @@ def compare(
         terminal.print_comparison(comparison, markdown=format_ == "md")
     elif n_kept >= llama.MIN_ROWS:
         print(llama.as_text(comparison))
-    if comparison.nonfinite:
-        rows = "1 row has" if comparison.nonfinite == 1 else f"{comparison.nonfinite} rows have"
-        terminal.say(f"fastce: warning: {rows} a loss or divergence that is NaN or infinite")
+    _say_nonfinite(comparison.nonfinite, "loss or divergence")
     if not n_kept:
         return _fail(f"no row was compared: all {comparison.rows} rows are ignored", _BAD_INPUT)
     if llama_compat and format_ == "table" and n_kept < llama.MIN_ROWS:
@@ -426,10 +435,7 @@ def compare(
             "leave --llama-compat out, or use -o json",
             _BAD_INPUT,
         )
-    messages = failed(gates, comparison.as_dict()["figures"])
-    for message in messages:
-        terminal.say(f"fastce: gate failed: {message}")
-    return _GATE if messages else 0
+    return _say_gates(failed(gates, comparison.as_dict()["figures"]))
 
 
 @app.command

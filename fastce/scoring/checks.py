@@ -20,12 +20,8 @@ _SHIFT_GAIN = 1.0
 _SHIFT_ROWS = 32
 
 
-def looks_wrong(
-    x: NDArray[Any], y: NDArray[Any], options: Options, *, bfloat16: bool = False
-) -> list[str]:
+def looks_wrong(x: NDArray[Any], y: NDArray[Any], options: Options) -> list[str]:
     """Return what looks wrong in a sample of rows and their targets, -1 where these are ignored."""
-    if bfloat16:
-        x = (x.astype(np.uint32) << 16).view(np.float32)
     x = x[:, : options.vocab].astype(np.float64)
     if len(x) == 0 or x.shape[1] < 2:
         return []
@@ -42,11 +38,6 @@ def guess_kind(x: NDArray[np.float64]) -> Kind:
     with np.errstate(over="ignore"):
         sums = np.exp(np.minimum(x, 700)).sum(axis=1)
     return "logprobs" if x.max() <= 0 and np.allclose(sums, 1, atol=0.02) else "logits"
-
-
-def unused_columns(x: NDArray[np.float64]) -> int:
-    """Return how many of the last columns are the same in all rows, or -inf."""
-    return unused_tail(used_columns(x, x[0]))
 
 
 def used_columns(x: NDArray[Any], first: NDArray[Any]) -> NDArray[np.bool_]:
@@ -71,7 +62,7 @@ def _kind(x: NDArray[np.float64], options: Options) -> str | None:
 
 
 def _unused_tail(x: NDArray[np.float64], options: Options) -> str | None:
-    n = unused_columns(x) if len(x) >= 8 else 0
+    n = unused_tail(used_columns(x, x[0])) if len(x) >= 8 else 0
     if n < 2 or options.kind != "logits":
         return None
     rest = x.shape[1] - n

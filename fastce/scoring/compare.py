@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fastce import registry
 from fastce.activations import log_softmax
 from fastce.info import kl_divergence_from_logits
-from fastce.kernels import widened
 from fastce.scoring import comparison, llama
 from fastce.scoring.comparison import Comparison, RowValues, WorstRow
 from fastce.scoring.figures import Run
@@ -90,9 +89,7 @@ class _Dump:
             yield self._as_numbers(block[:filled])
 
     def _as_numbers(self, block: NDArray[Any]) -> NDArray[Any]:
-        if self.sources[0].bfloat16:
-            block = widened(block.astype(np.uint16, copy=False))
-        return block[:, : self.n_classes]
+        return self.sources[0].numbers(block)[:, : self.n_classes]
 
 
 def compare_files(

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastce import registry
-from fastce.kernels import widened
 from fastce.scoring.checks import SAMPLE_ROWS, guess_kind, unused_tail, used_columns
 from fastce.scoring.figures import SCHEMA_VERSION, Tally, finite_or_none
-from fastce.scoring.formats import Kind, Paths, Source, find_all, open_source
+from fastce.scoring.formats import Kind, Paths, Source, asks_for_bfloat16, find_all, open_source
 from fastce.scoring.scorer import Options, score_rows
 
 #: Arrays up to this size are read whole; of larger ones a sample of it.
@@ -167,11 +166,9 @@ def inspect_files(
     >>> found.looks_like
     'looks like log-probabilities, 4 rows of 3 columns'
     """
-    if dtype not in (None, "bfloat16", "bf16"):
-        raise ValueError(f"dtype: expected bfloat16 or nothing, got {dtype!r}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
-    sources = find_all(paths, bfloat16=dtype is not None)
+    sources = find_all(paths, bfloat16=asks_for_bfloat16(dtype))
     found = [_inspect(source, full, num_threads, backend) for source in sources]
     floats = [(one.label, one.floats) for one in found if one.floats and one.floats.classes > 1]
     return [_with_fits(one, floats) if one.integers is not None else one for one in found]
@@ -271,9 +268,8 @@ def _guess(sample: NDArray[np.float64]) -> Kind:
 
 
 def _as_numbers(source: Source, rows: NDArray[Any]) -> NDArray[Any]:
-    if source.bfloat16:
-        return widened(rows.astype(np.uint16, copy=False))
-    return rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
+    x = source.numbers(rows)
+    return x.astype(np.promote_types(x.dtype, np.float32), copy=False)
 
 
 def _rehearse(

@@ -21,7 +21,7 @@ from fastce import __version__, registry, threads
 from fastce.scoring import records
 from fastce.scoring.checks import SAMPLE_ROWS, looks_wrong
 from fastce.scoring.figures import Figures, Run, Tally
-from fastce.scoring.formats import InputError, Kind, Paths, Reader, open_source
+from fastce.scoring.formats import InputError, Kind, Paths, Reader, asks_for_bfloat16, open_source
 from fastce.scoring.formats.npy import NpyWriter
 from fastce.scoring.records import Folder
 from fastce.scoring.scorer import (
@@ -227,9 +227,10 @@ def score_files(
     job.begin(resume=resume, share=shard)
     job.run(executor, progress)
     seconds = time.perf_counter() - started
-    figures = records.figures_of(job.plan, [job.found[i] for i in sorted(job.found)])
-    if job.folder is not None and len(job.found) == len(parts):
-        records.finish(job.folder, job.plan, [job.found[i] for i in sorted(job.found)], figures)
+    found = [job.found[i] for i in sorted(job.found)]
+    figures = records.figures_of(job.plan, found)
+    if folder is not None and len(found) == len(parts):
+        records.finish(folder, job.plan, found, figures)
     n_new = sum(parts[i].n_rows for i in job.found if i not in job.before)
     return replace(
         figures,
@@ -282,9 +283,7 @@ def check_inputs(
     for name, value in (("block_mib", block_mib), ("num_threads", num_threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if dtype not in (None, "bfloat16", "bf16"):
-        raise ValueError(f"dtype: expected bfloat16 or nothing, got {dtype!r}")
-    shards = find_shards(logits, targets, mask, bfloat16=dtype is not None)
+    shards = find_shards(logits, targets, mask, bfloat16=asks_for_bfloat16(dtype))
     options = Options(
         ignore_index,
         kind or shards[0].logits.kind or "logits",
@@ -584,10 +583,8 @@ def _look(parts: Sequence[Part], options: Options) -> list[str]:
     x = np.empty((n_rows, part.shard.n_classes), part.shard.logits.dtype)
     with _Rows(first, options) as rows:
         y = rows.read(0, x)
-    kept = kept_rows(y, options.ignore_index)
-    return looks_wrong(
-        x, np.where(kept, y.astype(np.int64), -1), options, bfloat16=part.shard.logits.bfloat16
-    )
+    y = np.where(kept_rows(y, options.ignore_index), y.astype(np.int64), -1)
+    return looks_wrong(part.shard.logits.numbers(x), y, options)
 
 
 def versions() -> dict[str, str]:

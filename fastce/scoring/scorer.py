@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastce import info
+from fastce.kernels import widened
 from fastce.scoring.figures import OUTPUTS, Figures, Tally
 from fastce.scoring.formats import Kind
 from fastce.stats import row_stats
@@ -239,8 +240,8 @@ def score_rows(
 
 
 def _divided(x: NDArray[Any], dtype: DTypeLike | None, temperature: float) -> NDArray[Any]:
-    if dtype is not None:  # bits of bfloat16 are the upper halves of float32
-        x = (x.astype(np.uint32) << 16).view(np.float32)
+    if dtype is not None:
+        x = widened(x.astype(np.uint16, copy=False))
     wide = x.astype(np.promote_types(x.dtype, np.float32), copy=False)
     return np.asarray(wide / wide.dtype.type(temperature))
 

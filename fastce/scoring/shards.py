@@ -237,12 +237,13 @@ def find_sequences(
 
 def _starts_of_lengths(shards: list[Shard], paths: Paths) -> list[NDArray[np.int64]]:
     arrays = []
-    for source in find(paths, "lengths"):
+    sources = find(paths, "lengths")
+    for source in sources:
         array = np.empty(math.prod(source.shape), source.dtype)
         with open_source(source) as reader:
             reader.read_into(0, array)
         arrays.append(array.astype(np.int64))
-    label = find(paths, "lengths")[0].label
+    label = sources[0].label
     all_lengths = np.concatenate(arrays)
     ends = np.concatenate(([0], np.cumsum(all_lengths)))
     total = sum(shard.n_rows for shard in shards)

@@ -16,7 +16,7 @@ import glob
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,9 @@ __all__ = [
     "Paths",
     "Reader",
     "Source",
+    "asks_for_bfloat16",
     "find",
+    "find_all",
     "open_source",
     "own_targets",
     "sources_of",
@@ -138,13 +140,25 @@ def find(paths: Paths, role: Role, *, bfloat16: bool = False) -> list[Source]:
     InputError
         If a file cannot be read, is malformed, or holds no array of that role, or several.
     """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return [s for path, name in _given(paths) for s in _choose(path, name, role, bfloat16)]
+
+
+def find_all(paths: Paths, *, bfloat16: bool = False) -> list[Source]:
+    """Find every array of the files that paths and patterns name, whatever it may be for."""
     found = []
-    for item in [os.fspath(path) for path in given]:
-        pattern, _, name = item.partition("::")
-        for path in _expand(pattern):
-            found.extend(_choose(path, name or None, role, bfloat16))
+    for path, name in _given(paths):
+        named = _named(path, name, bfloat16)
+        if not named:
+            raise InputError(f"{path}: expected an array '', got none")
+        found += named
     return found
+
+
+def asks_for_bfloat16(dtype: str | None) -> bool:
+    """Return whether 16-bit integers are to be taken as bfloat16: the one dtype users may give."""
+    if dtype not in (None, "bfloat16", "bf16"):
+        raise ValueError(f"dtype: expected bfloat16 or nothing, got {dtype!r}")
+    return dtype is not None
 
 
 def own_targets(logits: Source) -> Source | None:
@@ -152,6 +166,14 @@ def own_targets(logits: Source) -> Source | None:
     dtypes, usual_names = _ROLES["targets"]
     found = [s for s in sources_of(logits.path) if s.name in usual_names and s.dtype_name in dtypes]
     return found[0] if len(found) == 1 else None
+
+
+def _given(paths: Paths) -> Iterator[tuple[Path, str]]:
+    """Yield each file that is meant, and which of its arrays; "" stands for no name."""
+    for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        pattern, _, name = os.fspath(item).partition("::")
+        for path in _expand(pattern):
+            yield path, name
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -168,18 +190,24 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
-def _choose(path: Path, name: str | None, role: Role, bfloat16: bool) -> list[Source]:
-    dtypes, usual_names = _ROLES[role]
+def _named(path: Path, name: str, bfloat16: bool) -> list[Source]:
+    """Return the arrays of a file that a name or pattern means; all without one."""
     everything = sources_of(path)
     if bfloat16:
         everything = [s.as_bfloat16() if s.dtype.name == "uint16" else s for s in everything]
-    if name is not None:
-        named = sorted(
-            (s for s in everything if _matches(s, name)), key=lambda s: _natural(s.name or "")
-        )
-        if not named:
-            raise InputError(f"{path}: expected an array {name!r}, got {_list(everything)}")
-        everything = named
+    if not name:
+        return everything
+    named = [s for s in everything if _matches(s, name)]
+    if not named:
+        raise InputError(f"{path}: expected an array {name!r}, got {_list(everything)}")
+    return named
+
+
+def _choose(path: Path, name: str, role: Role, bfloat16: bool) -> list[Source]:
+    dtypes, usual_names = _ROLES[role]
+    everything = _named(path, name, bfloat16)
+    if name:
+        everything.sort(key=lambda s: _natural(s.name or ""))
     fitting = [s for s in everything if s.dtype_name in dtypes]
     if not fitting:
         what = everything[0].dtype_name if len(everything) == 1 else _list(everything)
@@ -187,7 +215,7 @@ def _choose(path: Path, name: str | None, role: Role, bfloat16: bool) -> list[So
             f"{path}: expected {role} of dtype {', '.join(dtypes)}; got {what}; "
             "convert with array.astype and save again"
         )
-    if name is None and len(fitting) > 1:
+    if not name and len(fitting) > 1:
         usual = [s for s in fitting if s.name in usual_names]
         if len(usual) != 1:
             raise InputError(
@@ -209,18 +237,3 @@ def _list(sources: Sequence[Source]) -> str:
     shown = [f"{s.name}: {s.dtype_name} {s.shape}" for s in sources[:8]]
     more = [f"and {len(sources) - 8} more"] if len(sources) > 8 else []
     return "; ".join(shown + more) or "none"
-
-
-def find_all(paths: Paths, *, bfloat16: bool = False) -> list[Source]:
-    """Find every array of the files that paths and patterns name, whatever it may be for."""
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    found: list[Source] = []
-    for item in [os.fspath(path) for path in given]:
-        pattern, _, name = item.partition("::")
-        for path in _expand(pattern):
-            everything = sources_of(path)
-            named = [s for s in everything if not name or _matches(s, name)]
-            if not named:
-                raise InputError(f"{path}: expected an array {name or ''!r}, got {_list(everything)}")
-            found += [s.as_bfloat16() if bfloat16 and s.dtype.name == "uint16" else s for s in named]
-    return found

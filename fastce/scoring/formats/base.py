@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastce.kernels import widened
+
 #: What the numbers of an array of logits are.
 Kind = Literal["logits", "logprobs", "probs"]
 
@@ -63,6 +65,10 @@ class Source:
     def as_bfloat16(self) -> Source:
         """Return the same array of 16-bit elements, taken as bfloat16."""
         return replace(self, dtype=np.dtype(self.dtype.str[0].replace("|", "=") + "u2"), bfloat16=True)
+
+    def numbers(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return elements that were read as NumPy can calculate with them."""
+        return widened(rows.astype(np.uint16, copy=False)) if self.bfloat16 else rows
 
 
 class Reader(Protocol):
