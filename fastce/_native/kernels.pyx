@@ -105,8 +105,8 @@ cdef ptrdiff_t _KEEPS_LOCK = 8192
 # Each thread takes about this many turns: enough to even out what else runs on the cores, few enough that
 # what it takes is one stretch of memory, whose fresh pages it alone touches.
 cdef ptrdiff_t _TURNS = 16
-# Where classes are not neighbours, rows are: a work item takes a cache line of them or more.
-cdef ptrdiff_t _TURNED_ROWS = 16
+# Where classes are not neighbours, rows are: a work item takes several cache lines of them, if there are enough.
+cdef ptrdiff_t _TURNED_ROWS = 256
 # Elements of a work item where each is computed for itself.
 cdef ptrdiff_t _TILE = BINARY_TILE
 
@@ -459,6 +459,13 @@ cdef void _describe_stats(fastce_call *call, stats):
     call.argmax = <int64_t *>_data(stats.argmax)
     call.ranks = <int64_t *>_data(stats.rank)
 
+cdef ptrdiff_t _item_rows(ptrdiff_t n_rows, ptrdiff_t tile, bint turned, int num_threads) noexcept nogil:
+    """Return how many rows, whole tiles of them, a thread takes at a time."""
+    if not turned:
+        return tile
+    return tile * ((max(16, min(_TURNED_ROWS, n_rows // (4 * num_threads))) + tile - 1) // tile)
+
+
 cdef ptrdiff_t _run_tiles(
     const fastce_kernels *kernels, const fastce_call *call, ptrdiff_t n_rows, ptrdiff_t tile,
     int num_threads, double *sums,
@@ -469,7 +476,7 @@ cdef ptrdiff_t _run_tiles(
         or (call.grad != NULL and call.grad_class_stride != 1)
         or (call.probs != NULL and call.probs_class_stride != 1)
     )
-    cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
+    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, num_threads)
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_ignored = 0
     cdef size_t size = kernels.scratch(call)
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
@@ -527,7 +534,7 @@ cdef ptrdiff_t _run_measure(
     """Return the number of rows with invalid probabilities, or -1 without memory."""
     cdef const fastce_call *call = &measure.rows
     cdef bint turned = call.class_stride != 1 or (call.probs != NULL and call.probs_class_stride != 1)
-    cdef ptrdiff_t step = tile * ((_TURNED_ROWS + tile - 1) // tile) if turned else tile
+    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, num_threads)
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_bad = 0
     cdef size_t size = (kernels.measure_scratch(measure) + 127) // 64 * 64
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
