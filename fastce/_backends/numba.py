@@ -65,6 +65,13 @@ _POLY = {
     " 0x1.a01a012a0e90fp-13 0x1.6c16c18438af6p-10 0x1.1111111127d11p-7 0x1.555555555083ep-5"
     " 0x1.55555555554f9p-3 0x1p-1",
 }
+# On AVX-512 float32 takes 2^(i/16), in units of 2^-_SUM_SHIFT, from a table: two terms less will do.
+_SIXTEENTHS_POLY = "0x1.55559ap-3 0x1.00022p-1"
+_SIXTEENTHS = (
+    "0x1p+64 0x1.0b5586p+64 0x1.172b84p+64 0x1.2387a6p+64 0x1.306fep+64 0x1.3dea64p+64"
+    " 0x1.4bfdaep+64 0x1.5ab07ep+64 0x1.6a09e6p+64 0x1.7a1148p+64 0x1.8ace54p+64 0x1.9c4918p+64"
+    " 0x1.ae89fap+64 0x1.c199bep+64 0x1.d5818ep+64 0x1.ea4afap+64"
+)
 _LOG2E = {32: "0x1.715476p+0", 64: "0x1.71547652b82fep+0"}
 _LN2_HI = {32: "0x1.63p-1", 64: "0x1.62e42feep-1"}
 _LN2_LO = {32: "-0x1.bd0106p-13", 64: "0x1.a39ef35793c76p-33"}
@@ -81,9 +88,12 @@ _LARGEST = {32: float(np.finfo(np.float32).max), 64: float(np.finfo(np.float64).
 # A gradient's factor below the first is lifted by 2^second while it is applied.
 _SMALL = {32: 2.0**-40, 64: 2.0**-300}
 _LIFT = {32: 96, 64: 600}
+# Else the user has named another processor, of which nothing is assumed.
+_FOR_HOST = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES)
+_AVX512 = _FOR_HOST and get_host_cpu_features().get("avx512f", False)
 # Vectors worked on as one value: LLVM splits it, and so interleaves them. On AVX-512 four take a sixth
 # less time than one after the other; eight spill registers, and take as long again.
-_TOGETHER = 4 if get_host_cpu_features().get("avx512f") else 2
+_TOGETHER = 4 if _AVX512 else 2
 _LOG1P = (
     "0x1.2f0d58deeae08p-3 0x1.39a0fac5a8dd7p-3 0x1.746645ede9703p-3 0x1.c71c51e94c1b1p-3"
     " 0x1.2492494215c0ap-2 0x1.999999997fb5ap-2 0x1.5555555555593p-1"
@@ -265,6 +275,11 @@ class _Value:
         low, high = list(range(half)), list(range(half, 2 * half))
         return self.shuffled(self, low), self.shuffled(self, high)
 
+    def parts(self, lanes: int) -> list[_Value]:
+        if lanes == self.lanes:
+            return [self]
+        return [self.shuffled(self, [*range(k, k + lanes)]) for k in range(0, self.lanes, lanes)]
+
     def lane(self, i: int) -> _Value:
         return _Value(self.builder, self.builder.extract_element(self.value, ir.IntType(32)(i)))
 
@@ -348,7 +363,7 @@ class _Pointer:
 
 
 # Without an instruction for it LLVM calls a function that is not there, and ends the process.
-_CONVERTS_HALVES = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and (
+_CONVERTS_HALVES = _FOR_HOST and (
     get_host_cpu_features().get("f16c", False) or platform.machine() in ("arm64", "aarch64")
 )
 
@@ -607,18 +622,52 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     d = x - ref
     x1 = d + ref
     r = (x - x1) - (ref - (x1 - d))
-    # Adding it rounds to an integer; the low bits are then the exponent of the result, bias included.
-    magic_number = 1.5 * 2.0 ** _MANTISSA[bits] + _BIAS[bits] + _SUM_SHIFT[bits]
+    from_table = _AVX512 and bits == 32
+    if from_table:  # Adding it rounds to sixteenths, which are then the lowest 4 bits.
+        magic_number = 1.5 * 2.0 ** (_MANTISSA[bits] - 4)
+    else:  # It rounds to an integer; the low bits are then the exponent of the result, bias included.
+        magic_number = 1.5 * 2.0 ** _MANTISSA[bits] + _BIAS[bits] + _SUM_SHIFT[bits]
     magic = _fma(d, _LOG2E[bits], x.of(magic_number))
     n = magic - magic_number
     y = _fma(n, -float.fromhex(_LN2_HI[bits]), d) + _fma(n, -float.fromhex(_LN2_LO[bits]), r)
-    first, *others = _POLY[bits].split()
+    first, *others = (_SIXTEENTHS_POLY if from_table else _POLY[bits]).split()
     poly = y.of(first)
     for coefficient in others:
         poly = _fma(poly, y, coefficient)
     t = _fma(poly, y * y, y)
-    power = (magic.as_bits() << _MANTISSA[bits]).as_real()
-    return _fma(t, power, power), d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
+    if from_table:
+        power = _joined([_sixteenth(part) for part in magic.parts(16)])
+        e = _joined([*map(_scaled, _fma(t, power, power).parts(16), n.parts(16))])
+    else:
+        power = (magic.as_bits() << _MANTISSA[bits]).as_real()
+        e = _fma(t, power, power)
+    return e, d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
+
+
+def _sixteenth(v: _Value) -> _Value:
+    """2^(i/16) * 2^_SUM_SHIFT, where the lowest 4 bits of a lane are i."""
+    table = ir.Constant(v.type, [*map(float.fromhex, _SIXTEENTHS.split())])
+    operands = [table, v.as_bits().value]
+    signature = ir.FunctionType(v.type, [operand.type for operand in operands])
+    function = _declare(v.builder, "llvm.x86.avx512.permvar.sf.512", signature)
+    return _Value(v.builder, v.builder.call(function, operands))
+
+
+def _scaled(v: _Value, n: _Value) -> _Value:
+    """Multiply by 2 to the power of n, rounded down."""
+    every, current = ir.IntType(16)(-1), ir.IntType(32)(4)  # lanes; way of rounding
+    operands = [v.value, n.value, v.value, every, current]
+    signature = ir.FunctionType(v.type, [operand.type for operand in operands])
+    function = _declare(v.builder, "llvm.x86.avx512.mask.scalef.ps.512", signature)
+    return _Value(v.builder, v.builder.call(function, operands))
+
+
+def _joined(parts: list[_Value]) -> _Value:
+    """Make one vector of as many as a power of 2."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [a.shuffled(b, [*range(2 * a.lanes)]) for a, b in pairs]
+    return parts[0]
 
 
 def _lost(total: _Value, s: _Value) -> _Value:
@@ -1045,7 +1094,7 @@ def _summed_shares(
         soft.t.prefetch(i + (_BLOCK + line * x.lanes))
     share = w or v.of(1.0)
     if t:
-        for part in [t.shuffled(t, list(range(k, k + x.lanes))) for k in range(0, t.lanes, x.lanes)]:
+        for part in t.parts(x.lanes):
             least = part.compare("<", least).select(part, least)
         t = _normal(t, tiny)
         share = _fma(t, soft.alpha.rounded(v.bits), soft.beta.rounded(v.bits))
