@@ -616,12 +616,15 @@ def _two_sum(a: _Value, b: _Value) -> tuple[_Value, _Value]:
     return s, (a - (s - b1)) + (b - b1)
 
 
-def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
-    """exp(x - ref) * 2^_SUM_SHIFT, and where it counts; elsewhere it is 0 to any sum or gradient."""
+def _term(x: _Value, ref: _Value, tame: bool = False) -> tuple[_Value, _Value | None]:
+    """exp(x - ref) * 2^_SUM_SHIFT, and where it counts; elsewhere it is 0 to any sum or gradient.
+
+    Where all are tame, see `_is_tame`, all count, and half of TwoSum will do.
+    """
     bits = x.bits
     d = x - ref
     x1 = d + ref
-    r = (x - x1) - (ref - (x1 - d))
+    r = x - x1 if tame else (x - x1) - (ref - (x1 - d))
     from_table = _AVX512 and bits == 32
     if from_table:  # Adding it rounds to sixteenths, which are then the lowest 4 bits.
         magic_number = 1.5 * 2.0 ** (_MANTISSA[bits] - 4)
@@ -641,7 +644,7 @@ def _term(x: _Value, ref: _Value) -> tuple[_Value, _Value]:
     else:
         power = (magic.as_bits() << _MANTISSA[bits]).as_real()
         e = _fma(t, power, power)
-    return e, d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
+    return e, None if tame else d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
 
 
 def _sixteenth(v: _Value) -> _Value:
@@ -927,28 +930,49 @@ def _larger_of(a, b):
 @_emits(types.float64)
 def _least_lane(v):
     while v.lanes > 1:
-        low, high = v.halves()
-        v = low.compare("<", high).select(low, high)
+        v = _smaller(*v.halves())
     return v.lane(0).double()
 
 
-@_emits(_vector)
-def _larger_strip(x, i, top):
-    """Return the largest of ``top`` and eight vectors from i on, lane by lane."""
-    strip = x.load(i, 8 * x.lanes)
-    while strip.lanes > x.lanes:
-        strip = _larger(*strip.halves())
-    return _larger(strip, top)
+def _smaller(a: _Value, b: _Value) -> _Value:
+    return a.compare("<", b).select(a, b)
 
 
-@_emits(_vector)
-def _larger_one(x, i, top):
-    return _larger(x.load(i), top)
+def _extremes(count: int) -> Any:
+    """Make the step that reads ``count`` vectors of classes."""
+
+    @_emits(_several(_vector, _vector))
+    def extremes(x, i, top, low):
+        """Return the largest of them and ``top``, the smallest of them and ``low``, lane by lane."""
+        larger = smaller = x.load(i, count * x.lanes)
+        while larger.lanes > x.lanes:
+            larger, smaller = _larger(*larger.halves()), _smaller(*smaller.halves())
+        return _larger(larger, top), _smaller(smaller, low)
+
+    return extremes
 
 
-@_emits(_vector)
-def _larger_end(x, i, left, top):
-    return _larger(x.load_where(_first(x, left), i, -math.inf), top)
+_extremes8, _extremes1 = map(_extremes, (8, 1))
+
+
+@_emits(_several(_vector, _vector))
+def _extremes_end(x, i, left, top, low):
+    """Do the same with the last classes of a row, fewer than a vector holds."""
+    mask = _first(x, left)
+    v = x.load_where(mask, i, -math.inf)
+    return _larger(v, top), _smaller(mask.select(v, math.inf), low)
+
+
+@_emits(types.boolean)
+def _is_tame(x, low, ref):
+    """Whether no logit down to ``low`` has a larger exponent than ref, or is too far below it to count.
+
+    Not if ref <= 0, where ``low`` is the larger one.
+    """
+    bits = _bits_of(x)
+    low, ref = low.rounded(bits), ref.rounded(bits)
+    largest = (ref.as_bits() | ((1 << _MANTISSA[bits]) - 1)).as_real()  # of ref's exponent
+    return low.compare(">=", -largest) & low.compare(">=", ref + _SUM_FLOOR[bits])
 
 
 @_emits(types.float64)
@@ -958,7 +982,7 @@ def _largest_lane(top):
     return top.lane(0).double()
 
 
-def _terms(count: int) -> Any:
+def _terms(count: int, tame: bool = False) -> Any:
     """Make the step that reads ``count`` vectors and adds their exponentials."""
 
     @_emits(_several(_vector, _vector))
@@ -976,7 +1000,7 @@ def _terms(count: int) -> Any:
                 x.prefetch(at + (_BLOCK + line * x.lanes))  # where the reader will be next
                 if e:  # in a gradient that is not in the caches
                     e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
-            term, counted = _counted_term(v, ref, m, e and (lambda t, at=at: e.store(at, t)))
+            term, counted = _counted_term(v, ref, m, e and (lambda t, at=at: e.store(at, t)), tame)
             sums.append(term)
             tied.append(counted)
         return _folded(sums, x.lanes), ties if m is None else ties + _folded(tied, x.lanes)
@@ -996,18 +1020,21 @@ def _folded(values: list[_Value], lanes: int) -> _Value:
     return value
 
 
-def _counted_term(v: _Value, ref: _Value, m: _Value | None, store: Any) -> tuple[_Value, _Value]:
-    term, counts = _term(v, ref.repeated(v.lanes))
+def _counted_term(
+    v: _Value, ref: _Value, m: _Value | None, store: Any, tame: bool = False
+) -> tuple[_Value, _Value]:
+    term, counts = _term(v, ref.repeated(v.lanes), tame)
     if store:
-        store(counts.select(term, 0.0))
+        store(counts.select(term, 0.0) if counts else term)
     if m is None:
-        return counts.select(term, 0.0), v
+        return counts.select(term, 0.0) if counts else term, v
     m = m.repeated(v.lanes)
-    tied = v.compare(">=", m).select(v.of(1.0), 0.0)
-    return (counts & v.compare("<", m, or_nan=True)).select(term, 0.0), tied
+    tied, below = v.compare(">=", m).select(v.of(1.0), 0.0), v.compare("<", m, or_nan=True)
+    return (counts & below if counts else below).select(term, 0.0), tied
 
 
 _terms4, _terms2, _terms1 = map(_terms, (4, 2, 1))
+_terms4_tame = _terms(4, tame=True)
 
 
 @_emits(_several(_vector, _vector))
@@ -1805,23 +1832,23 @@ def _target_weights(x, job, row, count, soft, step, saved):
 
 
 @njit(**_INNER)
-def _largest(x, n):
-    """Return the largest of n classes in each lane."""
+def _range(x, n):
+    """Return the largest and the smallest of n classes in each lane, passing over NaN."""
     lanes = _lanes(x)
-    top = _splat(x, -np.inf)
+    top, low = _splat(x, -np.inf), _splat(x, np.inf)
     whole = n - n % lanes
     strips = whole - whole % (8 * lanes)
     for i in range(0, strips, 8 * lanes):
-        top = _larger_strip(x, i, top)
+        top, low = _extremes8(x, i, top, low)
     for i in range(strips, whole, lanes):
-        top = _larger_one(x, i, top)
+        top, low = _extremes1(x, i, top, low)
     if whole < n:
-        top = _larger_end(x, whole, n - whole, top)
-    return top
+        top, low = _extremes_end(x, whole, n - whole, top, low)
+    return top, low
 
 
 @njit(**_INNER)
-def _sum_terms(x, n, ref, m, e):
+def _sum_terms(x, n, ref, m, tame, e):
     """Return sums, carries and ties of n classes in each lane; store the terms in e if it is given."""
     lanes = _lanes(x)
     total, carry = _splat_double(x, 0.0), _splat_double(x, 0.0)
@@ -1838,6 +1865,11 @@ def _sum_terms(x, n, ref, m, e):
         terms, ties = _terms2(x, end, ref, m, e, ties)
         part = _plus(part, terms)
     total, carry = _add(total, carry, part)
+    if tame:
+        for i in range(0, end, 4 * lanes):
+            part, ties = _terms4_tame(x, i, ref, m, e, ties)
+            total, carry = _add(total, carry, part)
+        return total, carry, ties
     for i in range(0, end, 4 * lanes):
         part, ties = _terms4(x, i, ref, m, e, ties)
         total, carry = _add(total, carry, part)
@@ -1975,7 +2007,8 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     Statistics, for which e is needed, are those of ``stats``, the job; the block's first class is
     ``first``.
     """
-    top = _largest_lane(_largest(x, n))
+    tops, lows = _range(x, n)
+    top, low = _largest_lane(tops), _least_lane(lows)
     if top > state[_M]:
         _raise_maximum(state, top, _sum_unit(x), soft, stats)
         if stats is not None:
@@ -1984,10 +2017,11 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     if soft is not None:
         _read_shares(x, n, state, top, soft)
     m, ref = state[_M], state[_REF]
+    tame = _is_tame(x, low, ref)
     if top < m:  # so in most blocks of a long row
-        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, e)
+        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, tame, e)
     else:
-        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), _splat(x, m), e)
+        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), _splat(x, m), tame, e)
     _add_lanes(state, _TOTAL, totals, carries)
     state[_TIES] += _count_lanes(ties)
     if stats is not None:
@@ -2272,7 +2306,8 @@ _GROUP = 16
 _X_AT, _E_AT, _G_AT, _T_AT, _MAXIMUM, _LOGIT, _TERM, _SUM, _ERROR, _TIED = range(0, 160, _GROUP)
 _LINEAR_OF, _MASS_OF, _OTHERS_OF, _LEAST_OF, _WEIGHT_OF = range(160, 240, _GROUP)
 _TOP_OF, _AHEAD_OF, _SPREAD_OF, _SQUARES_OF = range(160, 224, _GROUP)
-_FACTOR = 240  # reals: hi, lo, down, least, and `_Own`, of which plain targets have the last
+_TAME = 240  # whether a row is
+_FACTOR = 256  # reals: hi, lo, down, least, and `_Own`, of which plain targets have the last
 _SLOTS = _FACTOR + 10 * _GROUP
 
 
@@ -2287,7 +2322,10 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
             slots[_TIED + r] = 1.0
             if 0 <= _target(x, job, row + r) < n:
                 at = _pointer_like(places[_X_AT + r], x)
-                slots[_MAXIMUM + r] = _largest_lane(_largest(at, n))
+                tops, lows = _range(at, n)
+                top = _largest_lane(tops)
+                slots[_MAXIMUM + r] = top
+                slots[_TAME + r] = 1.0 if _is_tame(x, _least_lane(lows), top) else 0.0
         for r in range(start, stop):
             target = _target(x, job, row + r)
             if 0 <= target < n:
@@ -2297,7 +2335,8 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                     here = _soft_with(soft, _pointer_like(places[_T_AT + r], x), 0)
                     _read_row_shares(at, n, m, r, slots, here, with_grad)
                 e = _if_either(with_grad, stats, _reals_like(places[_E_AT + r], x))
-                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e)
+                tame = slots[_TAME + r] != 0.0
+                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), tame, e)
                 slots[_SUM + r], slots[_ERROR + r] = _sum_of_terms(totals, carries)
                 slots[_TIED + r] = _count_lanes(ties)
                 if stats is not None:
@@ -2732,7 +2771,7 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
                 logits = _at(x, start * job.x_class + r * job.x_inner)
                 _write_plain(logits, job.x_class, size, m, rest, scale, e, 1, here, 1, own, mass)
             else:
-                _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, e)
+                _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, False, e)
                 drop, again, error = _drop(ref, m)
                 if 0 <= place < size:
                     target_term = np.float64(_get(e, place)) * unit * drop * again
@@ -3064,7 +3103,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
         sums = _sum_shares(work, n * lanes, here, m, _if_given(with_grad, m))
         e = second if job.log != 0 or stats is not None else work
         e = _if_either(with_grad, stats, e)
-        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, e)
+        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, False, e)
         rest = _total_of(totals, carries, ties)
         found = _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats)
         gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
