@@ -3566,19 +3566,15 @@ def _strides(array: NDArray[Any]) -> tuple[int, int, int]:
     return outer // size, inner // size, step // size if array.shape[2] > 1 else 1
 
 
-_capsule_address = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_address.restype = ctypes.c_void_p
-_capsule_address.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_six_words = ctypes.c_size_t * 6
+_word_at = ctypes.c_size_t.from_address
 
 
 def _address(array: NDArray[Any]) -> int:
-    """Return where the first element lies: half the time of ``array.ctypes.data``.
+    """Return where the first element lies: a sixth of the time of ``array.ctypes.data``.
 
-    NumPy's array interface as a C structure: its sixth word is the address.
+    NumPy promises C extensions that an array's structure starts with it, after what all objects have.
     """
-    interface = array.__array_struct__
-    return int(_six_words.from_address(_capsule_address(interface, None) or 0)[5])
+    return int(_word_at(id(array) + object.__basicsize__).value)
 
 
 # The job, and then the counter of items.
