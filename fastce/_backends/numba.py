@@ -616,10 +616,10 @@ def _two_sum(a: _Value, b: _Value) -> tuple[_Value, _Value]:
     return s, (a - (s - b1)) + (b - b1)
 
 
-def _term(x: _Value, ref: _Value, tame: bool = False) -> tuple[_Value, _Value | None]:
-    """exp(x - ref) * 2^_SUM_SHIFT, and where it counts; elsewhere it is 0 to any sum or gradient.
+def _term(x: _Value, ref: _Value, tame: bool = False) -> _Value:
+    """exp(x - ref) * 2^_SUM_SHIFT; 0 where no sum or gradient could show it.
 
-    Where all are tame, see `_is_tame`, all count, and half of TwoSum will do.
+    Where all are tame, see `_is_tame`, none is 0, and half of TwoSum will do.
     """
     bits = x.bits
     d = x - ref
@@ -644,7 +644,7 @@ def _term(x: _Value, ref: _Value, tame: bool = False) -> tuple[_Value, _Value | 
     else:
         power = (magic.as_bits() << _MANTISSA[bits]).as_real()
         e = _fma(t, power, power)
-    return e, None if tame else d.compare(">=", _SUM_FLOOR[bits], or_nan=True)
+    return e if tame else d.compare(">=", _SUM_FLOOR[bits], or_nan=True).select(e, 0.0)
 
 
 def _sixteenth(v: _Value) -> _Value:
@@ -992,7 +992,7 @@ def _terms(count: int, tame: bool = False) -> Any:
         The exponentials are stored in e, if it is given: all of them. Without m all classes count.
         """
         together = min(count, _TOGETHER)
-        sums, tied = [], []
+        sums = []
         for k in range(0, count, together):
             at = i + k * x.lanes
             v = x.load(at, together * x.lanes)
@@ -1000,10 +1000,12 @@ def _terms(count: int, tame: bool = False) -> Any:
                 x.prefetch(at + (_BLOCK + line * x.lanes))  # where the reader will be next
                 if e:  # in a gradient that is not in the caches
                     e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
-            term, counted = _counted_term(v, ref, m, e and (lambda t, at=at: e.store(at, t)), tame)
+            term = _term(v, ref.repeated(v.lanes), tame)
+            if e:
+                e.store(at, term)
+            term, ties = _below(v, m, term, ties)
             sums.append(term)
-            tied.append(counted)
-        return _folded(sums, x.lanes), ties if m is None else ties + _folded(tied, x.lanes)
+        return _folded(sums, x.lanes), ties
 
     return terms
 
@@ -1020,17 +1022,13 @@ def _folded(values: list[_Value], lanes: int) -> _Value:
     return value
 
 
-def _counted_term(
-    v: _Value, ref: _Value, m: _Value | None, store: Any, tame: bool = False
-) -> tuple[_Value, _Value]:
-    term, counts = _term(v, ref.repeated(v.lanes), tame)
-    if store:
-        store(counts.select(term, 0.0) if counts else term)
+def _below(v: _Value, m: _Value | None, term: _Value, ties: _Value) -> tuple[_Value, _Value]:
+    """Return the terms of logits below m, else 0, and ``ties`` with those equal to m."""
     if m is None:
-        return counts.select(term, 0.0) if counts else term, v
-    m = m.repeated(v.lanes)
-    tied, below = v.compare(">=", m).select(v.of(1.0), 0.0), v.compare("<", m, or_nan=True)
-    return (counts & below if counts else below).select(term, 0.0), tied
+        return term, ties
+    for part in v.parts(m.lanes):
+        ties = part.compare(">=", m).select(ties + 1.0, ties)
+    return v.compare(">=", m.repeated(v.lanes)).select(0.0, term), ties
 
 
 _terms4, _terms2, _terms1 = map(_terms, (4, 2, 1))
@@ -1044,8 +1042,10 @@ def _terms_end(x, i, left, ref, m, e, ties):
     v = x.load_where(mask, i, -math.inf)
     # a lane without a class may equal a maximum of -inf, and is no tie
     m = m and mask.select(m, math.inf)
-    term, tied = _counted_term(v, ref, m, e and (lambda t: e.store_where(mask, i, t)))
-    return term, ties if m is None else ties + tied
+    term = _term(v, ref)
+    if e:
+        e.store_where(mask, i, term)
+    return _below(v, m, term, ties)
 
 
 @_emits(_same)
@@ -1566,8 +1566,7 @@ def _entropy(x, gap, rest, spread):
 def _brier(x, gap, rest, squares):
     """Return the sum of the squares of the others' probabilities, and of their sum."""
     total = rest + 1.0
-    term, counts = _term(-gap, gap.of(0.0))
-    e = counts.select(term, 0.0) * 2.0 ** -_SUM_SHIFT[64]
+    e = _term(-gap, gap.of(0.0)) * 2.0 ** -_SUM_SHIFT[64]
     others = _others(gap, e, rest)
     # a quotient of sums that keep what they round away: half of the error would come from here
     square, divisor = others * others, total * total
