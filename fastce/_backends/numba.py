@@ -1847,7 +1847,7 @@ def _range(x, n):
 
 
 @njit(**_INNER)
-def _sum_terms(x, n, ref, m, tame, e):
+def _sum_terms(x, n, ref, m, e, tame=False):
     """Return sums, carries and ties of n classes in each lane; store the terms in e if it is given."""
     lanes = _lanes(x)
     total, carry = _splat_double(x, 0.0), _splat_double(x, 0.0)
@@ -2018,9 +2018,9 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     m, ref = state[_M], state[_REF]
     tame = _is_tame(x, low, ref)
     if top < m:  # so in most blocks of a long row
-        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, tame, e)
+        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, e, tame)
     else:
-        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), _splat(x, m), tame, e)
+        totals, carries, ties = _sum_terms(x, n, _splat(x, ref), _splat(x, m), e, tame)
     _add_lanes(state, _TOTAL, totals, carries)
     state[_TIES] += _count_lanes(ties)
     if stats is not None:
@@ -2335,7 +2335,7 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                     _read_row_shares(at, n, m, r, slots, here, with_grad)
                 e = _if_either(with_grad, stats, _reals_like(places[_E_AT + r], x))
                 tame = slots[_TAME + r] != 0.0
-                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), tame, e)
+                totals, carries, ties = _sum_terms(at, n, ref, _splat(x, m), e, tame)
                 slots[_SUM + r], slots[_ERROR + r] = _sum_of_terms(totals, carries)
                 slots[_TIED + r] = _count_lanes(ties)
                 if stats is not None:
@@ -2770,7 +2770,7 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
                 logits = _at(x, start * job.x_class + r * job.x_inner)
                 _write_plain(logits, job.x_class, size, m, rest, scale, e, 1, here, 1, own, mass)
             else:
-                _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, False, e)
+                _sum_terms(e, size, _splat(e, ref if ref > -np.inf else 0.0), None, e)
                 drop, again, error = _drop(ref, m)
                 if 0 <= place < size:
                     target_term = np.float64(_get(e, place)) * unit * drop * again
@@ -3102,7 +3102,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
         sums = _sum_shares(work, n * lanes, here, m, _if_given(with_grad, m))
         e = second if job.log != 0 or stats is not None else work
         e = _if_either(with_grad, stats, e)
-        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, False, e)
+        totals, carries, ties = _sum_terms(work, n * lanes, _finite_or_zero(m), m, e)
         rest = _total_of(totals, carries, ties)
         found = _found_lanes(x, job, row, count, n, work, e, m, rest, target_logit, target, stats)
         gap, error, rest = _parts_of_loss(x, _as_doubles(m), _as_doubles(target_logit), rest)
