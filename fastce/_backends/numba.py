@@ -964,15 +964,16 @@ def _extremes_end(x, i, left, top, low):
 
 
 @_emits(types.boolean)
-def _is_tame(x, low, ref):
-    """Whether no logit down to ``low`` has a larger exponent than ref, or is too far below it to count.
+def _is_tame(x, top, low, ref):
+    """Whether no logit has a larger exponent than ref, or is too far below it to count.
 
-    Not if ref <= 0, where ``low`` is the larger one.
+    The largest is ``top``, the smallest ``low``; ref may be less than ``top``. False if ref <= 0.
     """
     bits = _bits_of(x)
-    low, ref = low.rounded(bits), ref.rounded(bits)
+    top, low, ref = (v.rounded(bits) for v in (top, low, ref))
     largest = (ref.as_bits() | ((1 << _MANTISSA[bits]) - 1)).as_real()  # of ref's exponent
-    return low.compare(">=", -largest) & low.compare(">=", ref + _SUM_FLOOR[bits])
+    same = top.compare("<=", largest) & low.compare(">=", -largest)
+    return same & low.compare(">=", ref + _SUM_FLOOR[bits])
 
 
 @_emits(types.float64)
@@ -2016,7 +2017,7 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
     if soft is not None:
         _read_shares(x, n, state, top, soft)
     m, ref = state[_M], state[_REF]
-    tame = _is_tame(x, low, ref)
+    tame = _is_tame(x, top, low, ref)
     if top < m:  # so in most blocks of a long row
         totals, carries, ties = _sum_terms(x, n, _splat(x, ref), None, e, tame)
     else:
@@ -2324,7 +2325,7 @@ def _read_rows(x, n, job, row, count, slots, places, with_grad, soft, stats):
                 tops, lows = _range(at, n)
                 top = _largest_lane(tops)
                 slots[_MAXIMUM + r] = top
-                slots[_TAME + r] = 1.0 if _is_tame(x, _least_lane(lows), top) else 0.0
+                slots[_TAME + r] = 1.0 if _is_tame(x, top, _least_lane(lows), top) else 0.0
         for r in range(start, stop):
             target = _target(x, job, row + r)
             if 0 <= target < n:
