@@ -88,9 +88,9 @@ _LARGEST = {32: float(np.finfo(np.float32).max), 64: float(np.finfo(np.float64).
 # A gradient's factor below the first is lifted by 2^second while it is applied.
 _SMALL = {32: 2.0**-40, 64: 2.0**-300}
 _LIFT = {32: 96, 64: 600}
-# Else the user has named another processor, of which nothing is assumed.
+# Else the user has named another processor, of which nothing is assumed; or has done without AVX.
 _FOR_HOST = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES)
-_AVX512 = _FOR_HOST and get_host_cpu_features().get("avx512f", False)
+_AVX512 = _FOR_HOST and numba.config.ENABLE_AVX and get_host_cpu_features().get("avx512f", False)
 # Vectors worked on as one value: LLVM splits it, and so interleaves them. On AVX-512 four take a sixth
 # less time than one after the other; eight spill registers, and take as long again.
 _TOGETHER = 4 if _AVX512 else 2
