@@ -336,6 +336,22 @@ def test_exact_shifts_change_no_bit(backend, dtype, shift, n_classes):
         np.testing.assert_array_equal(moved_grad, grad)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float64", 52)])
+def test_exact_shifts_of_rows_that_climb(backend, dtype, bits):
+    """The reference of a row's sum may lag behind later, larger logits, by less than 8."""
+    rng = np.random.default_rng(12)
+    low, high = rng.uniform(-0.9, 1.05, (8, 1024)), rng.uniform(-0.9, 8.9, (8, 3072))
+    low, high = np.round(low * 2.0**bits) / 2.0**bits, np.round(high * 2.0 ** (bits - 3)) / 2.0 ** (bits - 3)
+    x = np.concatenate([low, high], axis=1).astype(dtype)
+    moved = x - np.ones((), dtype)
+    assert (moved + np.ones((), dtype) == x).all()
+    y = rng.integers(0, 4096, 8)
+    loss, grad = fastce.cross_entropy_with_grad(x, y, reduction="none", backend=backend)
+    moved_loss, moved_grad = fastce.cross_entropy_with_grad(moved, y, reduction="none", backend=backend)
+    np.testing.assert_array_equal(moved_loss, loss)
+    np.testing.assert_array_equal(moved_grad, grad)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6, 1e8])
 def test_equal_logits_at_any_offset(backend, offset):
     """Two equal logits carry log 2 however large: `lse - x_t` gives 0 at 1e8."""
