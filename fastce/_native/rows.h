@@ -46,7 +46,7 @@ enum { FASTCE_GRADIENT, FASTCE_SOFTMAX, FASTCE_LOG_SOFTMAX };
 typedef struct {
     double m, ties, sum, carry;
     /* and the sums of R(look), relative to m */
-    double linear, mass, below, all, squares, least;
+    double linear, mass, below, squares, least;
     int64_t ahead, argmax;
 } fastce_part;
 
