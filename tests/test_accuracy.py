@@ -341,7 +341,10 @@ def test_exact_shifts_of_rows_that_climb(backend, dtype, bits):
     """The reference of a row's sum may lag behind later, larger logits, by less than 8."""
     rng = np.random.default_rng(12)
     low, high = rng.uniform(-0.9, 1.05, (8, 1024)), rng.uniform(-0.9, 8.9, (8, 3072))
-    low, high = np.round(low * 2.0**bits) / 2.0**bits, np.round(high * 2.0 ** (bits - 3)) / 2.0 ** (bits - 3)
+    low, high = (
+        np.round(low * 2.0**bits) / 2.0**bits,
+        np.round(high * 2.0 ** (bits - 3)) / 2.0 ** (bits - 3),
+    )
     x = np.concatenate([low, high], axis=1).astype(dtype)
     moved = x - np.ones((), dtype)
     assert (moved + np.ones((), dtype) == x).all()
