@@ -160,7 +160,18 @@ def check_layouts(backend, work, dtype, n_classes):
 
 @pytest.mark.parametrize(
     ("n_classes", "inner"),
-    [(10, 1), (10, 5), (10, 16), (10, 45), (40, 5), (40, 45), (1100, 1), (1100, 5), (1100, 16)],
+    [
+        (10, 1),
+        (10, 5),
+        (10, 16),
+        (10, 45),
+        (40, 5),
+        (40, 45),
+        (40, 130),
+        (1100, 1),
+        (1100, 5),
+        (1100, 16),
+    ],
 )
 @of_all_work
 def test_classes_in_the_middle_give_the_same_bits(backend, work, inner, n_classes):
