@@ -11,11 +11,18 @@ from setuptools.errors import CompileError, LinkError
 
 # By compiler type: (flags always, flags for OpenMP). No -march: instruction sets beyond the platform's
 # baseline are chosen at run time, function by function (fastce/_native/rows_*.c). No -ffast-math.
-# Scheduling puts instructions of several vectors between one another: 0.93 to 0.97 of the time, and 0.85 to 0.9
-# on a core whose other thread is busy. clang does it unasked.
+# Scheduling puts instructions of several vectors between one another: 0.93 to 0.97 of the time, or 0.85 to
+# 0.9 on a core whose other thread is busy. clang schedules unasked.
 _FLAGS = {
     "unix": (
-        ["-O2", "-fschedule-insns", "-fsched-pressure", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
+        [
+            "-O2",
+            "-fschedule-insns",
+            "-fsched-pressure",
+            "-fopenmp-simd",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+        ],
         ["-fopenmp"],
     ),
     "msvc": (["/O2", "/fp:precise"], ["/openmp"]),
