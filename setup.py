@@ -11,8 +11,8 @@ from setuptools.errors import CompileError, LinkError
 
 # By compiler type: (flags always, flags for OpenMP). No -march: instruction sets beyond the platform's
 # baseline are chosen at run time, function by function (fastce/_native/rows_*.c). No -ffast-math.
-# Scheduling puts instructions of several vectors between one another: 0.93 to 0.97 of the time, or 0.85 to
-# 0.9 on a core whose other thread is busy. clang schedules unasked.
+# Scheduling puts instructions of several vectors between one another: 0.93 to 0.97 of the time, and
+# 0.85 to 0.9 where the core's other thread is busy. clang schedules unasked.
 _FLAGS = {
     "unix": (
         [
