@@ -1006,7 +1006,7 @@ def _terms(count: int, tame: bool = False) -> Any:
 
     @_emits(_several(_vector, _vector))
     def terms(x, i, ref, m, e, ties):
-        """Sum exp(x - ref) over the classes below m, and count in ``ties`` those equal to m.
+        """Sum exp(x - ref) over the classes below m, and take their number from ``ties``.
 
         The exponentials are stored in e, if it is given: all of them. Without m all classes count.
         """
@@ -1042,12 +1042,12 @@ def _folded(values: list[_Value], lanes: int) -> _Value:
 
 
 def _below(v: _Value, m: _Value | None, term: _Value, ties: _Value) -> tuple[_Value, _Value]:
-    """Return the terms of logits below m, else 0, and ``ties`` with those equal to m."""
+    """Return the terms of logits below m, else 0, and ``ties`` less the logits below m."""
     if m is None:
         return term, ties
     for part in v.parts(m.lanes):
-        ties = part.compare(">=", m).select(ties + 1.0, ties)
-    return v.compare(">=", m.repeated(v.lanes)).select(0.0, term), ties
+        ties = part.compare("<", m, or_nan=True).select(ties - 1.0, ties)
+    return v.compare("<", m.repeated(v.lanes), or_nan=True).select(term, 0.0), ties
 
 
 _terms4, _terms2, _terms1 = map(_terms, (4, 2, 1))
@@ -1059,7 +1059,7 @@ def _terms_end(x, i, left, ref, m, e, ties):
     """Do the same with the last classes of a row, fewer than a vector holds."""
     mask = _first(x, left)
     v = x.load_where(mask, i, -math.inf)
-    # a lane without a class may equal a maximum of -inf, and is no tie
+    # a lane without a class may equal a maximum of -inf, and is below it all the same
     m = m and mask.select(m, math.inf)
     term = _term(v, ref)
     if e:
@@ -1870,8 +1870,9 @@ def _sum_terms(x, n, ref, m, e, tame=False):
     """Return sums, carries and ties of n classes in each lane; store the terms in e if it is given."""
     lanes = _lanes(x)
     total, carry = _splat_double(x, 0.0), _splat_double(x, 0.0)
-    ties, part = _splat(x, 0.0), _splat(x, 0.0)
-    end = n - n % lanes
+    # all, less those below m: the mask is then that of the terms, and none is negated
+    ties = _splat(x, 0.0 if m is None else np.float64((n + lanes - 1) // lanes))
+    end, part = n - n % lanes, _splat(x, 0.0)
     if end < n:
         part, ties = _terms_end(x, end, n - end, ref, m, e, ties)
     if end & lanes:
