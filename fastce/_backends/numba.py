@@ -56,6 +56,7 @@ _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; an odd number of lines, for L1's sake
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**20  # of scratch that a thread keeps from call to call
+_AHEAD = 2**13  # bytes; floats and halves one block ahead: up to 1.1 times the time from memory
 _FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
@@ -1016,7 +1017,7 @@ def _terms(count: int, tame: bool = False) -> Any:
             at = i + k * x.lanes
             v = x.load(at, together * x.lanes)
             for line in range(together):
-                x.prefetch(at + (_BLOCK + line * x.lanes))  # where the reader will be next
+                x.prefetch(at + (_AHEAD // x._align + line * x.lanes))  # where the reader will be next
                 if e:  # in a gradient that is not in the caches
                     e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
             term = _term(v, ref.repeated(v.lanes), tame)
