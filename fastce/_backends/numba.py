@@ -48,7 +48,9 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy"}  # strict arithmetic: no fas
 _INNER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _BLOCK = 1024  # classes read at a time: 4 or 8 KiB, which stay in L1 between maximum and sum
-_NARROW = 32  # rows of at most this many classes are computed with rows as lanes
+# Rows of at most this many classes are computed with rows as lanes. From 33 classes on losses take
+# 0.5 to 0.9 of the time, gradients 0.6 to 1.2; from 65 on gradients of double would take up to 1.4.
+_NARROW = 64
 _MAX_LEAD = 8.0  # how far the maximum may run ahead of the reference of a row's sum
 _PART = 2**18  # longer rows are cut into parts of so many classes, which threads share
 _MAX_SCALE = 2.0**60  # above, the exponentials kept for the gradient do not reach low enough
