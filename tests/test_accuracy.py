@@ -337,6 +337,43 @@ def test_exact_shifts_change_no_bit(backend, dtype, shift, n_classes):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float64", 52)])
+@pytest.mark.parametrize("exponent", [-4, 0, 3, 9, 10, 12, 16])
+@pytest.mark.parametrize("n_classes", [5, 40, 500])
+def test_exact_shifts_at_any_size(backend, dtype, bits, exponent, n_classes):
+    """From 0 in the middle, where kernels may take a shorter way, to below 0, where they may not."""
+    rng = np.random.default_rng(13)
+    top, grid = 2.0**exponent, 2.0 ** (exponent + 1 - bits)
+    low = np.maximum(-1.7 * top, top - np.linspace(1, 125, 30))[:, None]
+    x = np.round(rng.uniform(low, top, (30, n_classes)) / grid) * grid
+    x[:, 0], x[:, 1] = top - grid, np.round(low[:, 0] / grid) * grid
+    x = x.astype(dtype)
+    moved = x - np.asarray(2 * top, dtype)
+    assert (moved + np.asarray(2 * top, dtype) == x).all()
+    y = rng.integers(0, n_classes, 30)
+    loss, grad = fastce.cross_entropy_with_grad(x, y, reduction="none", backend=backend)
+    moved_loss, moved_grad = fastce.cross_entropy_with_grad(moved, y, reduction="none", backend=backend)
+    np.testing.assert_array_equal(moved_loss, loss)
+    np.testing.assert_array_equal(moved_grad, grad)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_classes", [5, 40])
+def test_an_extreme_neighbour_changes_no_bit(backend, dtype, n_classes):
+    """Rows computed side by side take the shorter way only if all of them may."""
+    rng = np.random.default_rng(14)
+    low = np.repeat(-(2.0 ** np.arange(-3, 5)), 16) * np.tile(np.linspace(0.9, 1.1, 16), 8)
+    x = rng.uniform(low[:, None], -low[:, None], (128, n_classes)).astype(dtype)
+    y = rng.integers(0, n_classes, 128)
+    extreme = x.copy()
+    extreme[::16] = -1e6 * np.arange(n_classes)
+    loss, grad = fastce.cross_entropy_with_grad(x, y, reduction="none", backend=backend)
+    same_loss, same_grad = fastce.cross_entropy_with_grad(extreme, y, reduction="none", backend=backend)
+    others = np.arange(128) % 16 != 0
+    np.testing.assert_array_equal(same_loss[others], loss[others])
+    np.testing.assert_array_equal(same_grad[others], grad[others])
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float64", 52)])
 def test_exact_shifts_of_rows_that_climb(backend, dtype, bits):
     """The reference of a row's sum may lag behind later, larger logits, by less than 8."""
     rng = np.random.default_rng(12)
