@@ -172,6 +172,54 @@ def test_divergence_of_logits(backend, dtype, record_ulp):
 
 
 @functools.cache
+def _moving_divergences(dtype):
+    """Of long rows, of which not any part tells how large their sums will be, exactly."""
+    n = 2100
+    rng = np.random.default_rng(0)
+    x, noise, other = rng.standard_normal((3, n))
+    y, climb, block, late = (
+        x + 0.1 * noise,
+        np.linspace(0, 60, n),
+        np.arange(n) // 512,
+        np.arange(n) >= 1100,
+    )
+    absent, peak, hill = np.where(late, 0, -np.inf), 40.0 * (np.arange(n) == 2000), 500.0 * late
+    pairs = {
+        "close": (x, x * (1 + 3 * np.finfo(dtype).eps)),
+        "offset": (x, y + 5),
+        "climbs": (x + 20 * climb, y + 20 * climb),
+        "p climbs": (x + climb, y),
+        "q climbs": (x, y + climb),
+        "crossing": (x + climb, y + climb[::-1]),
+        "p comes late": (x + absent, y),
+        "p comes late and high": (x + absent + 1000, y),
+        "p comes late and low": (x + absent - 1000, y),
+        "both come late": (x + absent, y + absent),
+        "peak": (x + peak, y + peak),
+        "peak of p": (x + peak, y),
+        "peak of q": (x, y + peak),
+        "hill": (x + hill, y + hill),
+        "far apart": (100 * x, 100 * other),
+        "equal but for one": (x, x + 0.2 * peak),
+        "shift in steps": (x, y + 3 * block),
+    }
+    for name, (p, q) in pairs.items():
+        p, q = p.astype(dtype), q.astype(dtype)
+        exact, _ = oracle.Row.of(p.tolist()).divergence_from(oracle.Row.of(q.tolist()))
+        pairs[name] = p[None], q[None], oracle.as_pair([exact])
+    return pairs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergence_of_logits_in_long_rows(backend, dtype, record_ulp):
+    """To the last digits of itself, also where it is a small difference of large numbers."""
+    for name, (p, q, exact) in _moving_divergences(dtype).items():
+        got = info.kl_divergence_from_logits(p, q, base=None, backend=backend)
+        record = functools.partial(record_ulp, backend, "KL of long rows", dtype)
+        _check(got, exact, LOSS_ULP[dtype], name, record)
+
+
+@functools.cache
 def _distributions(dtype, base):
     """Pairs of distributions that differ much, hardly or not at all, with their exact measures.
 
