@@ -804,63 +804,57 @@ def _weights(p: _Value) -> _Value:
 
 
 def _log_ratio(x: _Value, y: _Value, pair: _Pair, plain: bool, wild: bool) -> _Value:
-    """Return d, in which most digits may cancel; if ``plain``, x - y may be rounded."""
+    """Return d, in which most digits may cancel; if ``plain``, x - y may be rounded.
+
+    If ``wild``, there may be infinite ones, but d of classes that p has not is a number.
+    """
     s = x - y
     d = s - pair.shift
     if plain:
         return d
     y1 = x - s
     rest = ((x - (s + y1)) - (y - y1)) - pair.low
+    least = rest.of(-(2.0**100))
     # a NaN, which there is beside an infinite d, becomes a number
-    return d + (_larger(rest, rest.of(-(2.0**100))) if wild else rest)
-
-
-def _divergence_term(
-    x: _Value, y: _Value, p: _Value, q: _Value, pair: _Pair, plain: bool, wild: bool
-) -> tuple[_Value, _Value]:
-    """Return a term, and p d. Unless ``wild``, no logit is far below the maximum, or infinite."""
-    bits, d = x.bits, _log_ratio(x, y, pair, plain, wild)
-    p, q, factor = _weights(p), _weights(q), pair.factor
-    near = d.compare(">", -2.0) & d.compare("<", 1.0)
-    term = near.select(d * d * _polynomial(_EXCESS[bits], d), d - 1.0)
-    if wild:
-        # a class that p has not: the term is q. One that q has not makes the sum inf, or NaN if p is 0.
-        finite = d.compare(">", -math.inf)
-        d, term = _or_zero(finite, d), _or_zero(finite, term)
-        d, term, p, q, factor = (v.double() for v in (d, term, p, q, factor))
-    return _fma(p, term, near.select(0.0, q * factor)), p * d
+    return _larger(d + _larger(rest, least), least) if wild else d + rest
 
 
 def _divergences(count: int, plain: bool = False, wild: bool = False) -> Any:
     """Make the step that adds ``count`` vectors of classes, or with ``left`` so many classes, to sums.
 
-    e and f hold the exponentials.
+    e and f hold the exponentials. Unless ``wild``, no logit is far below the maximum, or infinite: then
+    products of float32 may be float32. A class that p has not has the term q. One that q has not makes
+    the sum inf, or NaN if p is 0.
     """
 
     @_emits(lambda *args: args[-1])
     def add(x, y, e, f, i, left, pair, sums):
-        terms, slopes = [], []
+        bits, terms, slopes = _bits_of(x), [], []
         for k in range(count):
             some = _Some(i + k * x.lanes, x.lanes, None if left is None else _first(x, left))
-            numbers = (some.load(pointer) for pointer in (x, y, e, f))
-            term, slope = _divergence_term(*numbers, pair, plain, wild)
-            terms.append(term)
-            slopes.append(slope)
-        bits, lanes = _bits_of(x), x.lanes
+            d = _log_ratio(some.load(x), some.load(y), pair, plain, wild)
+            p, q = _weights(some.load(e)), _weights(some.load(f))
+            near = d.compare(">", -2.0) & d.compare("<", 1.0)
+            factor = near.select(d * d * _polynomial(_EXCESS[bits], d), d - 1.0)
+            q = near.select(0.0, q)
+            if wild and bits == 32:
+                far = _add_term(sums.terms, sums.terms_carry, q, pair.factor)
+                if sums.slopes.bits == 32:
+                    slopes = _fma(p, d, sums.slopes), sums.slopes_carry
+                else:
+                    slopes = _add_term(sums.slopes, sums.slopes_carry, p, d)
+                sums = _Divergence(*_add_term(*far, p, factor), *slopes)
+            else:
+                terms.append(_fma(p, factor, q * pair.factor))
+                slopes.append(p * d)
+        if not terms:
+            return sums
         return _Divergence(
-            *_with_part(sums.terms, sums.terms_carry, _folded(terms, lanes), bits),
-            *_with_part(sums.slopes, sums.slopes_carry, _folded(slopes, lanes), bits),
+            *_add_term(sums.terms, sums.terms_carry, _folded(terms, x.lanes)),
+            *_add_term(sums.slopes, sums.slopes_carry, _folded(slopes, x.lanes)),
         )
 
     return add
-
-
-def _with_part(total: _Value, carry: _Value, part: _Value, bits: int) -> tuple[_Value, _Value]:
-    """Add to a sum; that of numbers that were float32 is without a carry."""
-    if bits == 32:
-        return total + part.double(), carry
-    total, error = _two_sum(total, part)
-    return total, carry + error
 
 
 _add_plain, _add_close = _divergences(4, plain=True), _divergences(4)
@@ -881,8 +875,9 @@ def _divergence_of(x, p_m, p_rest, q_m, q_rest, sums):
     """
     unit = _unit_of_terms(_bits_of(x)) / (p_rest + 1.0)
     total = (sums.terms + _where_finite(sums.terms, sums.terms_carry)) * unit
-    off = ((sums.terms - sums.slopes) + (sums.terms_carry - sums.slopes_carry)) * unit
+    off = ((sums.terms - sums.slopes.double()) + (sums.terms_carry - sums.slopes_carry)) * unit
     excess = off * off * 0.5
+    excess = excess.compare("<", math.inf).select(excess, 0.0)
     value = total - excess
     value = value.compare(">", 0.0, or_nan=True).select(value, 0.0)
     # NaN: q has not a class that p has
@@ -1090,7 +1085,7 @@ def _read_lanes(x, work, terms, n):
 @njit(**_INNER)
 def _divergence_of_lanes(x, p, q, e, f, n, pair):
     zero, lanes, of = _splat_double(x, 0.0), _lanes(x), _as_lanes(x, pair)
-    sums = _Divergence(zero, zero, zero, zero)
+    sums = _Divergence(zero, zero, _splat(x, 0.0), zero)
     for i in range(0, n * lanes, lanes):
         sums = _add_one(p, q, e, f, i, None, of, sums)
     return sums
