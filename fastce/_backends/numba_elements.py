@@ -858,7 +858,8 @@ def _divergences(count: int, plain: bool = False, wild: bool = False) -> Any:
 
 
 _add_plain, _add_close = _divergences(4, plain=True), _divergences(4)
-_add_wild, _add_one = _divergences(4, wild=True), _divergences(1, wild=True)
+_add_wild = _divergences(4, wild=True)
+_add_one_close, _add_one_wild = _divergences(1), _divergences(1, wild=True)
 
 
 def _truth_of(number: types.Type) -> types.Type:
@@ -920,19 +921,24 @@ def _sum_divergence(x, y, e, f, n, s, plain, tame):
     pair = _as_lanes(x, _Pair(s[_SHIFT], s[_LOW], s[_FACTOR]))
     sums = _Divergence(zero, zero, zero, zero)
     whole, strips = n - n % lanes, n - n % (4 * lanes)
-    if not tame:
-        for i in range(0, strips, 4 * lanes):
-            sums = _add_wild(x, y, e, f, i, None, pair, sums)
-    elif plain:
-        for i in range(0, strips, 4 * lanes):
-            sums = _add_plain(x, y, e, f, i, None, pair, sums)
+    if tame:
+        if plain:
+            for i in range(0, strips, 4 * lanes):
+                sums = _add_plain(x, y, e, f, i, None, pair, sums)
+        else:
+            for i in range(0, strips, 4 * lanes):
+                sums = _add_close(x, y, e, f, i, None, pair, sums)
+        for i in range(strips, whole, lanes):
+            sums = _add_one_close(x, y, e, f, i, None, pair, sums)
+        if whole < n:
+            sums = _add_one_close(x, y, e, f, whole, n - whole, pair, sums)
     else:
         for i in range(0, strips, 4 * lanes):
-            sums = _add_close(x, y, e, f, i, None, pair, sums)
-    for i in range(strips, whole, lanes):
-        sums = _add_one(x, y, e, f, i, None, pair, sums)
-    if whole < n:
-        sums = _add_one(x, y, e, f, whole, n - whole, pair, sums)
+            sums = _add_wild(x, y, e, f, i, None, pair, sums)
+        for i in range(strips, whole, lanes):
+            sums = _add_one_wild(x, y, e, f, i, None, pair, sums)
+        if whole < n:
+            sums = _add_one_wild(x, y, e, f, whole, n - whole, pair, sums)
     total, carry = _sum_of_terms(sums.terms, sums.terms_carry)
     _add_to(s, _TERMS, total, carry)
     total, carry = _sum_of_terms(sums.slopes, sums.slopes_carry)
@@ -956,7 +962,7 @@ def _move(x, s, p_ref, p_rest, q_ref, q_rest):
         pair = _Pair(0.0, 0.0, 0.0)
     by = (pair.shift - s[_SHIFT]) + (pair.low - s[_LOW])
     s[_SHIFT], s[_LOW], s[_FACTOR] = pair.shift, pair.low, pair.factor
-    if s[_TERMS] < np.inf:
+    if s[_TERMS] < np.inf and (s[_P_REST] >= 0.0 or s[_Q_REST] >= 0.0):
         drop, p, q = 1.0, 0.0, 0.0
         if s[_P_REST] >= 0.0:
             drop, _ = _scale_sum(1.0, 0.0, s[_P_REF], p_ref)
@@ -1087,7 +1093,7 @@ def _divergence_of_lanes(x, p, q, e, f, n, pair):
     zero, lanes, of = _splat_double(x, 0.0), _lanes(x), _as_lanes(x, pair)
     sums = _Divergence(zero, zero, _splat(x, 0.0), zero)
     for i in range(0, n * lanes, lanes):
-        sums = _add_one(p, q, e, f, i, None, of, sums)
+        sums = _add_one_wild(p, q, e, f, i, None, of, sums)
     return sums
 
 
