@@ -832,6 +832,8 @@ def _divergences(count: int, plain: bool = False, wild: bool = False) -> Any:
         bits, terms, slopes = _bits_of(x), [], []
         for k in range(count):
             some = _Some(i + k * x.lanes, x.lanes, None if left is None else _first(x, left))
+            for pointer in (x, y) if count > 1 else ():  # where the reader will be next
+                pointer.prefetch(i + (k * x.lanes + _BLOCK))
             d = _log_ratio(some.load(x), some.load(y), pair, plain, wild)
             p, q = _weights(some.load(e)), _weights(some.load(f))
             near = d.compare(">", -2.0) & d.compare("<", 1.0)
