@@ -776,10 +776,10 @@ def _terms_unit(x):
     return _Value(x.builder, ir.DoubleType()(_unit_of_terms(_bits_of(x))))
 
 
-@_emits(types.float64)
-def _half_floor(x):
-    """How far below the reference no exponential is small."""
-    return _Value(x.builder, ir.DoubleType()(_SUM_FLOOR[_bits_of(x)] / 2))
+@_emits(types.boolean)
+def _is_near(x, low, ref):
+    """Whether no exponential is small where this is the least logit."""
+    return low.compare(">=", ref + _SUM_FLOOR[_bits_of(x)] / 2)
 
 
 @_emits(types.boolean)
@@ -1046,35 +1046,31 @@ def _divergence_rows(x_type, job, item, worker):
             s[_P_REST], s[_Q_REST], s[_AGAIN] = -1.0, -1.0, 1.0
             _clear(_at(p_states, r * _STATE))
             _clear(_at(q_states, r * _STATE))
-        for start in range(0, n, _BLOCK):
-            size = min(_BLOCK, n - start)
-            a = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
-            b = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
-            for r in range(count):
-                p, q, s = _at(a, r * _PITCH), _at(b, r * _PITCH), _at(sums, r * _SUMS)
-                p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
-                _, p_low = _read_block(p, size, p_state, e, None, 0, 0, 0.0, None)
-                _, q_low = _read_block(q, size, q_state, f, None, 0, 0, 0.0, None)
-                plain = _follow(x, s, p_state, q_state)
-                least = _half_floor(x)
-                tame = p_low - p_state[_REF] >= least and q_low - q_state[_REF] >= least
-                _sum_divergence(p, q, e, f, size, s, plain, tame)
-        if n > _BLOCK:
-            for r in range(count):
-                s = _at(sums, r * _SUMS)
-                _move(x, s, s[_P_REF], s[_P_REST], s[_Q_REF], s[_Q_REST])
-        if _finish_divergences(x, row, count, sums, p_states, q_states, out):
+        for reading in range(2):
             for start in range(0, n, _BLOCK):
                 size = min(_BLOCK, n - start)
                 a = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
                 b = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
                 for r in range(count):
                     p, q, s = _at(a, r * _PITCH), _at(b, r * _PITCH), _at(sums, r * _SUMS)
-                    if s[_AGAIN] != 0.0:
+                    plain, tame = False, False
+                    if reading == 0:
+                        p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
+                        _, p_low = _read_block(p, size, p_state, e, None, 0, 0, 0.0, None)
+                        _, q_low = _read_block(q, size, q_state, f, None, 0, 0, 0.0, None)
+                        plain = _follow(x, s, p_state, q_state)
+                        tame = _is_near(x, p_low, p_state[_REF]) and _is_near(x, q_low, q_state[_REF])
+                    elif s[_AGAIN] != 0.0:
                         _sum_terms(p, size, _splat(x, s[_P_REF]), None, e)
                         _sum_terms(q, size, _splat(x, s[_Q_REF]), None, f)
-                        _sum_divergence(p, q, e, f, size, s, False, False)
-            _finish_divergences(x, row, count, sums, p_states, q_states, out)
+                    if s[_AGAIN] != 0.0:
+                        _sum_divergence(p, q, e, f, size, s, plain, tame)
+            if reading == 0 and n > _BLOCK:
+                for r in range(count):
+                    s = _at(sums, r * _SUMS)
+                    _move(x, s, s[_P_REF], s[_P_REST], s[_Q_REF], s[_Q_REST])
+            if not _finish_divergences(x, row, count, sums, p_states, q_states, out):
+                break
         row += count
     return 0
 
