@@ -842,11 +842,11 @@ def _divergences(count: int, plain: bool = False, wild: bool = False) -> Any:
             q = near.select(0.0, q)
             if wild and bits == 32:
                 far = _add_term(sums.terms, sums.terms_carry, q, pair.factor)
-                if sums.slopes.bits == 32:
-                    slopes = _fma(p, d, sums.slopes), sums.slopes_carry
+                if sums.slopes.bits == 32:  # of few classes: 0.95 of the time
+                    mean = _fma(p, d, sums.slopes), sums.slopes_carry
                 else:
-                    slopes = _add_term(sums.slopes, sums.slopes_carry, p, d)
-                sums = _Divergence(*_add_term(*far, p, factor), *slopes)
+                    mean = _add_term(sums.slopes, sums.slopes_carry, p, d)
+                sums = _Divergence(*_add_term(*far, p, factor), *mean)
             else:
                 terms.append(_fma(p, factor, q * pair.factor))
                 slopes.append(p * d)
