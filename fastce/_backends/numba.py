@@ -2024,7 +2024,7 @@ def _read_shares(x, n, state, top, soft):
 
 @njit(**_INNER)
 def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
-    """Add n classes to a row's state; return what the terms stored in e are relative to.
+    """Add n classes to a row's state; return what the terms stored in e are relative to, and the least.
 
     Statistics, for which e is needed, are those of ``stats``, the job; the block's first class is
     ``first``.
@@ -2058,7 +2058,8 @@ def _read_block(x, n, state, e, soft, first, target, target_logit, stats):
                 _set(e, place, 0.0)
             sums = _sum_squares(x, n, e)
             _add_lanes(state, _SQUARES, sums.total, sums.carry)
-    return ref if m > -np.inf else -np.inf  # a block of -inf: its terms are 0, whatever the factor
+    # a block of -inf: its terms are 0, whatever the factor
+    return (ref if m > -np.inf else -np.inf), low
 
 
 @njit(**_INNER)
@@ -2586,7 +2587,7 @@ def _read_row(x, n, state, refs, e, step, soft, first, target, target_logit, sta
         size = min(_BLOCK, n - start)
         block, number = _at(x, start), first + start
         here, terms = _soft_with(soft, _at(_probs_of(soft), start), start), _at(e, start * step)
-        ref = _read_block(block, size, state, terms, here, number, target, target_logit, stats)
+        ref, _ = _read_block(block, size, state, terms, here, number, target, target_logit, stats)
         refs[start // _BLOCK] = ref
 
 
@@ -2751,7 +2752,7 @@ def _read_group(x, job, row, count, n, first_class, states, parts, refs, block, 
                 here, state = _at(block, r * _PITCH), _at(states, r * _STATE)
                 shares, e = _soft_with(soft, _at(second, r * _PITCH), first), _if_given(stats, second)
                 logit = parts[_LOGIT_PART + r]
-                ref = _read_block(here, size, state, e, shares, first, target, logit, stats)
+                ref, _ = _read_block(here, size, state, e, shares, first, target, logit, stats)
                 refs[r * n_blocks + b] = ref
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -43,9 +43,11 @@ from fastce._backends.numba import (
     _POLY,
     _REF,
     _STATE,
+    _SUM_FLOOR,
     _SUM_SHIFT,
     _TIES,
     _TOTAL,
+    _add_to,
     _address,
     _address_in,
     _as_doubles,
@@ -63,11 +65,14 @@ from fastce._backends.numba import (
     _first_lanes,
     _float64s,
     _fma,
+    _folded,
     _get,
     _lanes,
+    _larger,
     _larger_of,
     _log1p,
     _Memory,
+    _named,
     _Pointer,
     _pointer_like,
     _read_block,
@@ -84,12 +89,15 @@ from fastce._backends.numba import (
     _store_where,
     _strides,
     _sum_lanes,
+    _sum_of_terms,
     _sum_terms,
     _sum_unit,
     _total_of,
     _two_sum,
     _two_sum_of,
     _Value,
+    _Vector,
+    _vector,
     _vector_at,
 )
 from fastce.kernels import BINARY_TILE, SUMS_AGREE, log_scale, tile_rows
@@ -230,7 +238,7 @@ _OF_ROWS = _job(
     (
         *("x", "x_outer", "x_inner", "x_class", "y", "y_outer", "y_inner", "y_class"),
         *("inner", "first_row", "n_rows", "n_classes", "item_rows", "out"),
-        *("scratch", "scratch_size", "rows", "kept"),
+        *("scratch", "scratch_size", "rows"),
     ),
     ("of_2", "low_of_2", "of_e", "agree"),
 )
@@ -262,9 +270,10 @@ def _array(job: _Value, name: str, dtype: types.Type) -> _Pointer:
 
 # ---- Binary cross-entropy ----
 
-# Noted of a row while it is read: three sums, each with its carry; or two, and how p and q differ.
-_SUMS, _P_REST, _Q_REST, _HIGH, _LOW, _VALUE = 9, 4, 5, 6, 7, 8
-_KEPT = 2**17  # rows of so many classes keep their exponentials
+# Noted of a row while it is read: three sums, each with its carry. Or two, how p and q differ, what
+# their exponentials are relative to and, less 1, add up to; and whether the sums are to be taken.
+_TERMS, _SLOPES, _SHIFT, _LOW, _FACTOR, _P_REF, _P_REST, _Q_REF, _Q_REST, _AGAIN = 0, 2, *range(4, 12)
+_SUMS = 12
 _STRIP = 4  # vectors whose losses are added up before they are added to a sum
 _TOGETHER = 1  # of which so many are worked on as one value
 
@@ -713,47 +722,75 @@ def _narrow_measure_rows(x_type, job, item, worker, with_q, kl):
 # ---- Kullback-Leibler divergence of softmaxes ----
 
 
-@_emits(lambda x, m, *_: types.Tuple([m] * 2))
-def _shift(x, p_m, p_rest, q_m, q_rest):
-    """Return log sum exp of p minus that of q, rounded and the rest, as doubles."""
-    gap, error = _two_sum(p_m, -q_m)
+class _Pair(NamedTuple):
+    """What the terms of two rows are made of: d = log p - log q is x - y - (shift + low).
+
+    p are x's exponentials as they are, and q those of y times the factor.
+    """
+
+    shift: Any
+    low: Any
+    factor: Any
+
+
+class _Divergence(NamedTuple):
+    """Sums of p (exp(-d) - 1 + d), which is q + p (d - 1), and of p d."""
+
+    terms: Any
+    terms_carry: Any
+    slopes: Any
+    slopes_carry: Any
+
+
+@_emits(lambda x, m, *_: types.BaseTuple.from_types([m] * 3, _Pair))
+def _pair_of(x, p_ref, p_rest, q_ref, q_rest):
+    """Return the shift, rounded and the rest, and the factor for two rows' sums, all doubles."""
+    gap, error = _two_sum(p_ref, -q_ref)
     larger = p_rest.compare(">", q_rest)
     top, least = larger.select(p_rest, q_rest), larger.select(q_rest, p_rest)
     log = _log1p((top - least) / (least + 1.0), 64)  # nearer than the difference of two logarithms
     high, more = _two_sum(gap, larger.select(log, -log))
     rounded = high.rounded(_bits_of(x)).double()
-    return rounded, (high - rounded) + (error + more)
+    factor = (p_rest + 1.0) / (q_rest + 1.0)
+    return _Pair(rounded, (high - rounded) + (error + more), factor)
 
 
-@_emits(lambda x, high, *_: types.Tuple([high] * 2))
-def _recentred(x, high, low, value, total, carry, p_rest):
-    """Correct the shift of a row whose divergence is small.
-
-    An error of the shift cancels in the divergence but for its square, and that counts where the d
-    themselves are hardly larger. Then it is seen: the mean of d under p must be the divergence.
-    """
+@_emits(_named(_Pair, _vector, _vector, _vector))
+def _as_lanes(x, pair):
     bits = _bits_of(x)
-    mean = (total + carry) * (_unit_of_p(bits) / (p_rest + 1.0))
-    more = low + (mean - value)
-    rounded = (high + more).rounded(bits).double()
-    small = _is_small(value, bits)
-    return small.select(rounded, high), small.select((high - rounded) + more, low)
+    return _Pair(*(v if v.lanes else v.splat(x.lanes) for v in (v.rounded(bits) for v in pair)))
 
 
-def _is_small(value: _Value, bits: int) -> _Value:
-    return value.compare(">", 0.0) & value.compare("<", 2.0 ** (6 - _MANTISSA[bits]))
+@_emits(lambda x, pair, *_: pair)
+def _recentred(x, pair, again, off):
+    """Correct the shift of a row whose sum of q is 1 + ``off`` times that of p."""
+    bits = _bits_of(x)
+    more = pair.low - off
+    rounded = (pair.shift + more).rounded(bits).double()
+    low = (pair.shift - rounded) + more
+    return _Pair(again.select(rounded, pair.shift), again.select(low, pair.low), pair.factor)
+
+
+@_emits(types.float64)
+def _terms_unit(x):
+    return _Value(x.builder, ir.DoubleType()(_unit_of_terms(_bits_of(x))))
 
 
 @_emits(types.boolean)
-def _needs_recentring(x, value):
-    small = _is_small(value, _bits_of(x))
-    if not value.lanes:
-        return small
-    bits = _Value(x.builder, x.builder.bitcast(small.value, ir.IntType(value.lanes)))
+def _is_near(x, low, ref):
+    """Whether no exponential is small where this is the least logit."""
+    return low.compare(">=", ref + _SUM_FLOOR[_bits_of(x)] / 2)
+
+
+@_emits(types.boolean)
+def _any(v):
+    if not v.lanes:
+        return v
+    bits = _Value(v.builder, v.builder.bitcast(v.value, ir.IntType(v.lanes)))
     return bits.compare("!=", 0)
 
 
-def _unit_of_p(bits: int) -> float:
+def _unit_of_terms(bits: int) -> float:
     """Of sums of what `_weights` makes of exponentials."""
     return 2.0 ** -_SUM_SHIFT[32] if bits == 32 else 1.0
 
@@ -766,159 +803,239 @@ def _weights(p: _Value) -> _Value:
     return _or_zero(p.compare(">=", least), p) * 2.0 ** -_SUM_SHIFT[64]
 
 
-def _log_ratio(x: _Value, y: _Value, high: _Value, low: _Value) -> _Value:
-    """Return d = log p - log q of classes: x - y - (high + low), in which most digits may cancel."""
-    s = x - y
-    y1 = x - s
-    error = (x - (s + y1)) - (y - y1)
-    error = _or_zero(s.call("fabs").compare("<", math.inf), error)
-    return (s - high.rounded(x.bits)) + (error - low.rounded(x.bits))
+def _log_ratio(x: _Value, y: _Value, pair: _Pair, plain: bool, wild: bool) -> _Value:
+    """Return d, in which most digits may cancel; if ``plain``, x - y may be rounded.
 
-
-@_emits(_several(*[_doubles] * 4))
-def _add_excess(x, y, e, f, i, left, high, low, p_total, p_carry, q_total, q_carry):
-    """Add to the sums of terms in p and of terms in q; e and f hold their exponentials.
-
-    The term of a class is p (exp(-d) - 1 + d), for d outside [-2, 1] as q + p (d - 1).
+    If ``wild``, there may be infinite ones, but d of classes that p has not is a number.
     """
-    some = _Some(i, x.lanes, None if left is None else _first(x, left))
-    p, q = _weights(some.load(e)), some.load(f)
-    d = _log_ratio(some.load(x), some.load(y), high, low)
-    near = d.compare(">", -2.0) & d.compare("<", 1.0)
-    factor = near.select(d * d * _polynomial(_EXCESS[d.bits], d), d - 1.0)
-    # a class that p has not: the term is q. One that q has not makes the sum inf, or NaN if p is tiny.
-    factor = _or_zero(d.compare(">", -math.inf), factor)
-    p_total, p_carry = _add_term(p_total, p_carry, p, factor)
-    q_total, q_carry = _add_term(q_total, q_carry, near.select(0.0, q))
-    return p_total, p_carry, q_total, q_carry
+    s = x - y
+    d = s - pair.shift
+    if plain:
+        return d
+    y1 = x - s
+    rest = ((x - (s + y1)) - (y - y1)) - pair.low
+    least = rest.of(-(2.0**100))
+    # a NaN, which there is beside an infinite d, becomes a number
+    return _larger(d + _larger(rest, least), least) if wild else d + rest
 
 
-@_emits(_several(_doubles, _doubles))
-def _add_ratios(x, y, e, i, left, high, low, total, carry):
-    """Add p d to a sum."""
-    some = _Some(i, x.lanes, None if left is None else _first(x, left))
-    p, d = _weights(some.load(e)), _log_ratio(some.load(x), some.load(y), high, low)
-    return _add_term(total, carry, p, _or_zero(d.compare(">", -math.inf), d))
+def _divergences(count: int, plain: bool = False, wild: bool = False) -> Any:
+    """Make the step that adds ``count`` vectors of classes, or with ``left`` so many classes, to sums.
+
+    e and f hold the exponentials. Unless ``wild``, no logit is far below the maximum, or infinite: then
+    products of float32 may be float32. A class that p has not has the term q. One that q has not makes
+    the sum inf, or NaN if p is 0.
+    """
+
+    @_emits(lambda *args: args[-1])
+    def add(x, y, e, f, i, left, pair, sums):
+        bits, terms, slopes = _bits_of(x), [], []
+        for k in range(count):
+            some = _Some(i + k * x.lanes, x.lanes, None if left is None else _first(x, left))
+            # where the reader will be next: 0.8 of the time out of L2
+            for pointer in (x, y) if count > 1 else ():
+                pointer.prefetch(i + (k * x.lanes + _BLOCK))
+            d = _log_ratio(some.load(x), some.load(y), pair, plain, wild)
+            p, q = _weights(some.load(e)), _weights(some.load(f))
+            near = d.compare(">", -2.0) & d.compare("<", 1.0)
+            factor = near.select(d * d * _polynomial(_EXCESS[bits], d), d - 1.0)
+            q = near.select(0.0, q)
+            if wild and bits == 32:
+                far = _add_term(sums.terms, sums.terms_carry, q, pair.factor)
+                if sums.slopes.bits == 32:  # of few classes: 0.95 of the time
+                    mean = _fma(p, d, sums.slopes), sums.slopes_carry
+                else:
+                    mean = _add_term(sums.slopes, sums.slopes_carry, p, d)
+                sums = _Divergence(*_add_term(*far, p, factor), *mean)
+            else:
+                terms.append(_fma(p, factor, q * pair.factor))
+                slopes.append(p * d)
+        if not terms:
+            return sums
+        return _Divergence(
+            *_add_term(sums.terms, sums.terms_carry, _folded(terms, x.lanes)),
+            *_add_term(sums.slopes, sums.slopes_carry, _folded(slopes, x.lanes)),
+        )
+
+    return add
 
 
-@_emits(lambda x, p_m, p_rest, *_: p_rest)
-def _divergence_of(x, p_m, p_rest, q_m, q_rest, p_total, p_carry, q_total, q_carry):
-    bits = _bits_of(x)
-    p = (p_total + _where_finite(p_total, p_carry)) * _unit_of_p(bits) / (p_rest + 1.0)
-    q = (q_total + q_carry) * 2.0 ** -_SUM_SHIFT[bits] / (q_rest + 1.0)
-    value = p + q
+_add_plain, _add_close = _divergences(4, plain=True), _divergences(4)
+_add_wild = _divergences(4, wild=True)
+_add_one_close, _add_one_wild = _divergences(1), _divergences(1, wild=True)
+
+
+def _truth_of(number: types.Type) -> types.Type:
+    return _Vector(types.boolean, number.lanes) if isinstance(number, _Vector) else types.boolean
+
+
+@_emits(lambda x, p_m, p_rest, *_: types.Tuple([p_rest, p_rest, _truth_of(p_rest)]))
+def _divergence_of(x, p_m, p_rest, q_m, q_rest, sums):
+    """Return a divergence from its sums; by what its sums differ; whether to take them again.
+
+    Were the shift exact, terms less slopes, which is the sum of q - p, would be 0. A small error of the
+    shift leaves that, and has added half its square. That is subtracted; where it is not small against
+    the terms, because the rows are closer than their sums are accurate, the shift is corrected first.
+    """
+    unit = _unit_of_terms(_bits_of(x)) / (p_rest + 1.0)
+    total = (sums.terms + _where_finite(sums.terms, sums.terms_carry)) * unit
+    off = ((sums.terms - sums.slopes.double()) + (sums.terms_carry - sums.slopes_carry)) * unit
+    excess = off * off * 0.5
+    # else it is what large slopes have rounded
+    excess = excess.compare("<", 2.0**-24).select(excess, 0.0)
+    value = total - excess
     value = value.compare(">", 0.0, or_nan=True).select(value, 0.0)
     # NaN: q has not a class that p has
     value = value.compare("ord", value).select(value, math.inf)
     for m, rest in (p_m, p_rest), (q_m, q_rest):
         finite = m.compare(">", -math.inf) & m.compare("<", math.inf) & rest.compare("ord", rest)
         value = finite.select(value, math.nan)
-    return value
+    again = excess.compare(">", total * 0.0625) & value.compare("<", math.inf)
+    return value, off, again
+
+
+@_emits(lambda x, sums, *_: sums)
+def _moved(x, sums, drop, by, p, q):
+    """Return what a row's sums would be with a shift larger by ``by``, and exponentials times ``drop``.
+
+    p and q are the sums of these, the latter as the larger shift would have it: exp(by) times that of
+    q so far. The slopes lose by p, and the terms gain (Q - p) (exp(by) - 1) + p (exp(by) - 1 - by), Q
+    being that sum so far. Where ``by`` is large nothing cancels in q - p + slopes.
+    """
+    unit = _unit_of_terms(_bits_of(x))
+    p, q = p * (1.0 / unit), q * (1.0 / unit)
+    terms, terms_carry, slopes, slopes_carry = (v * drop for v in sums)
+    near = by.call("fabs").compare("<=", 1.0) & p.compare(">", 0.0)
+    excess = by * by * _polynomial(_EXCESS[64], -by)
+    more = (terms - slopes) + (terms_carry - slopes_carry)
+    slopes, error = _two_sum(slopes, -by * p)
+    slopes_carry = slopes_carry + error
+    gained, error = _two_sum(terms, _fma(more, by + excess, p * excess))
+    far, rest = _two_sum(q, -p)
+    far, other = _two_sum(far, slopes)
+    rest = rest + other + slopes_carry
+    terms, terms_carry = near.select(gained, far), near.select(terms_carry + error, rest)
+    return _Divergence(terms, terms_carry, slopes, slopes_carry)
 
 
 @njit(**_INNER)
-def _sum_excess(x, y, e, f, n, sums, p_m, p_ref, q_m, q_ref):
-    """Add n classes of a row to its sums; their exponentials are relative to p_ref and q_ref."""
-    lanes = _lanes(x)
-    high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
-    zero = _splat_double(x, 0.0)
-    p_t, p_c, q_t, q_c = zero, zero, zero, zero
-    whole = n - n % lanes
-    for i in range(0, whole, lanes):
-        p_t, p_c, q_t, q_c = _add_excess(x, y, e, f, i, None, high, low, p_t, p_c, q_t, q_c)
-    if whole < n:
-        p_t, p_c, q_t, q_c = _add_excess(x, y, e, f, whole, n - whole, high, low, p_t, p_c, q_t, q_c)
-    _add_scaled(sums, 0, p_t, p_c, p_ref, p_m)
-    _add_scaled(sums, 2, q_t, q_c, q_ref, q_m)
-
-
-@njit(**_INNER)
-def _sum_ratios(x, y, e, n, sums, p_m, p_ref):
-    lanes = _lanes(x)
-    high, low = _splat_double(x, sums[_HIGH]), _splat_double(x, sums[_LOW])
-    t, c = _splat_double(x, 0.0), _splat_double(x, 0.0)
-    whole = n - n % lanes
-    for i in range(0, whole, lanes):
-        t, c = _add_ratios(x, y, e, i, None, high, low, t, c)
-    if whole < n:
-        t, c = _add_ratios(x, y, e, whole, n - whole, high, low, t, c)
-    _add_scaled(sums, 0, t, c, p_ref, p_m)
-
-
-@njit(**_INNER)
-def _add_scaled(sums, i, totals, carries, ref, m):
-    total, carry = _sum_lanes(totals, carries)
-    total, carry = _scale_sum(total, carry, ref, m)
-    sums[i], error = _two_sum_of(sums[i], total)
-    sums[i + 1] += carry + error
+def _sum_divergence(x, y, e, f, n, s, plain, tame):
+    """Add n classes of a row to its sums; e and f hold their exponentials."""
+    lanes, zero = _lanes(x), _splat_double(x, 0.0)
+    pair = _as_lanes(x, _Pair(s[_SHIFT], s[_LOW], s[_FACTOR]))
+    sums = _Divergence(zero, zero, zero, zero)
+    whole, strips = n - n % lanes, n - n % (4 * lanes)
+    if tame:
+        if plain:
+            for i in range(0, strips, 4 * lanes):
+                sums = _add_plain(x, y, e, f, i, None, pair, sums)
+        else:
+            for i in range(0, strips, 4 * lanes):
+                sums = _add_close(x, y, e, f, i, None, pair, sums)
+        for i in range(strips, whole, lanes):
+            sums = _add_one_close(x, y, e, f, i, None, pair, sums)
+        if whole < n:
+            sums = _add_one_close(x, y, e, f, whole, n - whole, pair, sums)
+    else:
+        for i in range(0, strips, 4 * lanes):
+            sums = _add_wild(x, y, e, f, i, None, pair, sums)
+        for i in range(strips, whole, lanes):
+            sums = _add_one_wild(x, y, e, f, i, None, pair, sums)
+        if whole < n:
+            sums = _add_one_wild(x, y, e, f, whole, n - whole, pair, sums)
+    total, carry = _sum_of_terms(sums.terms, sums.terms_carry)
+    _add_to(s, _TERMS, total, carry)
+    total, carry = _sum_of_terms(sums.slopes, sums.slopes_carry)
+    _add_to(s, _SLOPES, total, carry)
 
 
 @njit(**_INNER)
 def _rest_of(x, state):
-    """Return the sum of exponentials of a row that has been read, but for one maximum's."""
-    total, carry = _scale_sum(state[_TOTAL], state[_CARRY], state[_REF], state[_M])
-    return (total + carry) * _sum_unit(x) + (state[_TIES] - 1.0)
+    """Return the sum of a row's exponentials so far, relative to its reference, less 1."""
+    if not state[_M] > -np.inf:
+        return -1.0
+    lead, _ = _scale_sum(state[_TIES], 0.0, state[_M], state[_REF])
+    return (state[_TOTAL] + state[_CARRY]) * _sum_unit(x) + (lead - 1.0)
 
 
 @njit(**_INNER)
-def _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, mean):
-    """Sum the divergences of count rows that have been read or, with ``mean``, their p d."""
-    n, direct, step = job.n_classes, job.rows == 1, job.kept != 0
-    n_blocks = (n + _BLOCK - 1) // _BLOCK
-    q_refs = _at(p_refs, job.rows * n_blocks)
-    q_terms, q_block = _at(p_terms, job.kept + _BLOCK), _at(p_block, job.rows * _PITCH)
-    for r in range(count):
-        for i in range(4):
-            sums[r * _SUMS + i] = 0.0
-    for b in range(n_blocks):
-        start = b * _BLOCK
-        size = min(_BLOCK, n - start)
-        p = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
-        q = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
-        e, f = _at(p_terms, start * step), _at(q_terms, start * step)
-        for r in range(count):
-            at, ref = r * _PITCH, r * n_blocks + b
-            p_ref, q_ref = p_refs[ref], q_refs[ref]
-            p_m, q_m = p_states[r * _STATE + _M], q_states[r * _STATE + _M]
-            if not step:  # the exponentials were not kept
-                _sum_terms(_at(p, at), size, _splat(x, p_ref if p_ref > -np.inf else 0.0), None, e)
-            if mean is None:
-                if not step:
-                    _sum_terms(_at(q, at), size, _splat(x, q_ref if q_ref > -np.inf else 0.0), None, f)
-                s = _at(sums, r * _SUMS)
-                _sum_excess(_at(p, at), _at(q, at), e, f, size, s, p_m, p_ref, q_m, q_ref)
-            else:
-                _sum_ratios(_at(p, at), _at(q, at), e, size, _at(sums, r * _SUMS), p_m, p_ref)
+def _move(x, s, p_ref, p_rest, q_ref, q_rest):
+    """Let a row's shift be that of these sums, and its own sums what they then would have been."""
+    pair = _pair_of(x, p_ref, p_rest, q_ref, q_rest)
+    if p_rest < 0.0 or q_rest < 0.0:  # all is -inf so far: no shift, and no q
+        pair = _Pair(0.0, 0.0, 0.0)
+    by = (pair.shift - s[_SHIFT]) + (pair.low - s[_LOW])
+    s[_SHIFT], s[_LOW], s[_FACTOR] = pair.shift, pair.low, pair.factor
+    if s[_TERMS] < np.inf and (s[_P_REST] >= 0.0 or s[_Q_REST] >= 0.0):
+        drop, p, q = 1.0, 0.0, 0.0
+        if s[_P_REST] >= 0.0:
+            drop, _ = _scale_sum(1.0, 0.0, s[_P_REF], p_ref)
+            p = (s[_P_REST] + 1.0) * drop
+        if s[_Q_REST] >= 0.0:
+            q, _ = _scale_sum(s[_Q_REST] + 1.0, 0.0, s[_Q_REF], q_ref)
+        sums = _Divergence(s[_TERMS], s[_TERMS + 1], s[_SLOPES], s[_SLOPES + 1])
+        sums = _moved(x, sums, drop, by, p, q * pair.factor)
+        s[_TERMS], s[_TERMS + 1], s[_SLOPES], s[_SLOPES + 1] = sums
+
+
+@njit(**_INNER)
+def _follow(x, s, p_state, q_state):
+    """Move a row's shift if what has been read calls for another; return whether x - y may be rounded.
+
+    It does where the error of the shift would add to the divergence.
+    """
+    p_ref, q_ref = p_state[_REF], q_state[_REF]
+    p_rest, q_rest = _rest_of(x, p_state), _rest_of(x, q_state)
+    p = p_rest + 1.0
+    found, error = s[_TERMS] * _terms_unit(x), (q_rest + 1.0) * s[_FACTOR] - p
+    # x - y rounds by no more than its own rounding where it is as large as the shift, as most are then;
+    # to let it takes 0.97 of the time
+    plain = s[_SHIFT] * s[_SHIFT] * p <= found
+    known = s[_P_REST] >= 0.0 and s[_Q_REST] >= 0.0 and s[_P_REF] == p_ref and s[_Q_REF] == q_ref
+    if not known or error * error > found * p * 0.0625:
+        _move(x, s, p_ref, p_rest, q_ref, q_rest)
+        plain = False
+    s[_P_REF], s[_P_REST], s[_Q_REF], s[_Q_REST] = p_ref, p_rest, q_ref, q_rest
+    return plain
 
 
 @njit(**_INNER)
 def _finish_divergences(x, row, count, sums, p_states, q_states, out):
-    """Store the divergences of count rows; return whether one of them needs recentring."""
-    again = False
+    """Store divergences of count rows where they are new; return whether to take some again."""
+    some = False
     for r in range(count):
         s, p_m, q_m = _at(sums, r * _SUMS), p_states[r * _STATE + _M], q_states[r * _STATE + _M]
-        value = _divergence_of(x, p_m, s[_P_REST], q_m, s[_Q_REST], s[0], s[1], s[2], s[3])
-        _set(out, row + r, value)
-        s[_VALUE] = value
-        again |= _needs_recentring(x, value)
-    return again
+        if s[_AGAIN] != 0.0:
+            found = _Divergence(s[_TERMS], s[_TERMS + 1], s[_SLOPES], s[_SLOPES + 1])
+            value, off, again = _divergence_of(x, p_m, s[_P_REST], q_m, s[_Q_REST], found)
+            _set(out, row + r, value)
+            s[_AGAIN] = 1.0 if again else 0.0
+            if again:
+                pair = _recentred(x, _Pair(s[_SHIFT], s[_LOW], s[_FACTOR]), again, off)
+                s[_SHIFT], s[_LOW] = pair.shift, pair.low
+                for i in range(_SLOPES + 2):
+                    s[i] = 0.0
+                some = True
+    return some
 
 
 @njit(**_INNER)
 def _divergence_rows(x_type, job, item, worker):
+    """Rows of more classes, read once.
+
+    The shift between two rows is known when they have been read, but the sums need one before: so it is
+    that of what has been read so far, and follows that.
+    """
     first = item * job.item_rows
     last = min(first + job.item_rows, job.n_rows)
-    n, row, direct, step = job.n_classes, first, job.rows == 1, job.kept != 0
-    n_blocks = (n + _BLOCK - 1) // _BLOCK
+    n, row, direct = job.n_classes, first, job.rows == 1
     out = _reals_like(job.out, x_type)
     sums = _float64s(job.scratch + 8 * worker * job.scratch_size, x_type)
     p_states = _at(sums, job.rows * _SUMS)
     q_states = _at(p_states, job.rows * _STATE)
-    p_refs = _at(q_states, job.rows * _STATE)
-    q_refs = _at(p_refs, job.rows * n_blocks)
-    p_terms = _reals_like(_address_in(q_refs, job.rows * n_blocks), x_type)
-    q_terms = _at(p_terms, job.kept + _BLOCK)
-    p_block = _pointer_like(_address_in(q_terms, job.kept + _BLOCK), x_type)
+    e = _reals_like(_address_in(q_states, job.rows * _STATE), x_type)
+    f = _at(e, _BLOCK)
+    p_block = _pointer_like(_address_in(f, _BLOCK), x_type)
     q_block = _at(p_block, job.rows * _PITCH)
     while row < last:
         outer, inner = divmod(job.first_row + row, job.inner)
@@ -926,35 +1043,37 @@ def _divergence_rows(x_type, job, item, worker):
         x = _pointer_like(job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner), x_type)
         y = _pointer_like(job.y + _size(x_type, outer * job.y_outer + inner * job.y_inner), x_type)
         for r in range(count):
+            s = _at(sums, r * _SUMS)
+            for i in range(_SUMS):
+                s[i] = 0.0
+            s[_P_REST], s[_Q_REST], s[_AGAIN] = -1.0, -1.0, 1.0
             _clear(_at(p_states, r * _STATE))
             _clear(_at(q_states, r * _STATE))
-        for b in range(n_blocks):
-            start = b * _BLOCK
-            size = min(_BLOCK, n - start)
-            p = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
-            q = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
-            e, f = _at(p_terms, start * step), _at(q_terms, start * step)
-            for r in range(count):
-                at, state, ref = r * _PITCH, r * _STATE, r * n_blocks + b
-                p_refs[ref] = _read_block(
-                    _at(p, at), size, _at(p_states, state), e, None, 0, 0, 0.0, None
-                )
-                q_refs[ref] = _read_block(
-                    _at(q, at), size, _at(q_states, state), f, None, 0, 0, 0.0, None
-                )
-        for r in range(count):
-            s = _at(sums, r * _SUMS)
-            p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
-            s[_P_REST], s[_Q_REST] = _rest_of(x, p_state), _rest_of(x, q_state)
-            s[_HIGH], s[_LOW] = _shift(x, p_state[_M], s[_P_REST], q_state[_M], s[_Q_REST])
-        _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, None)
-        if _finish_divergences(x, row, count, sums, p_states, q_states, out):
-            _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, True)
-            for r in range(count):
-                s = _at(sums, r * _SUMS)
-                s[_HIGH], s[_LOW] = _recentred(x, s[_HIGH], s[_LOW], s[_VALUE], s[0], s[1], s[_P_REST])
-            _read_again(x, y, job, count, sums, p_states, q_states, p_refs, p_terms, p_block, None)
-            _finish_divergences(x, row, count, sums, p_states, q_states, out)
+        for reading in range(2):
+            for start in range(0, n, _BLOCK):
+                size = min(_BLOCK, n - start)
+                a = _classes(x, direct, start, job.x_inner, job.x_class, count, size, p_block)
+                b = _classes(y, direct, start, job.y_inner, job.y_class, count, size, q_block)
+                for r in range(count):
+                    p, q, s = _at(a, r * _PITCH), _at(b, r * _PITCH), _at(sums, r * _SUMS)
+                    plain, tame = False, False
+                    if reading == 0:
+                        p_state, q_state = _at(p_states, r * _STATE), _at(q_states, r * _STATE)
+                        _, p_low = _read_block(p, size, p_state, e, None, 0, 0, 0.0, None)
+                        _, q_low = _read_block(q, size, q_state, f, None, 0, 0, 0.0, None)
+                        plain = _follow(x, s, p_state, q_state)
+                        tame = _is_near(x, p_low, p_state[_REF]) and _is_near(x, q_low, q_state[_REF])
+                    elif s[_AGAIN] != 0.0:
+                        _sum_terms(p, size, _splat(x, s[_P_REF]), None, e)
+                        _sum_terms(q, size, _splat(x, s[_Q_REF]), None, f)
+                    if s[_AGAIN] != 0.0:
+                        _sum_divergence(p, q, e, f, size, s, plain, tame)
+            if reading == 0 and n > _BLOCK:
+                for r in range(count):
+                    s = _at(sums, r * _SUMS)
+                    _move(x, s, s[_P_REF], s[_P_REST], s[_Q_REF], s[_Q_REST])
+            if not _finish_divergences(x, row, count, sums, p_states, q_states, out):
+                break
         row += count
     return 0
 
@@ -971,12 +1090,12 @@ def _read_lanes(x, work, terms, n):
 
 
 @njit(**_INNER)
-def _excess_of_lanes(x, y, e, f, n, high, low):
-    zero, lanes = _splat_double(x, 0.0), _lanes(x)
-    p_t, p_c, q_t, q_c = zero, zero, zero, zero
+def _divergence_of_lanes(x, p, q, e, f, n, pair):
+    zero, lanes, of = _splat_double(x, 0.0), _lanes(x), _as_lanes(x, pair)
+    sums = _Divergence(zero, zero, _splat(x, 0.0), zero)
     for i in range(0, n * lanes, lanes):
-        p_t, p_c, q_t, q_c = _add_excess(x, y, e, f, i, None, high, low, p_t, p_c, q_t, q_c)
-    return p_t, p_c, q_t, q_c
+        sums = _add_one_wild(p, q, e, f, i, None, of, sums)
+    return sums
 
 
 @njit(**_INNER)
@@ -998,16 +1117,13 @@ def _narrow_divergence_rows(x_type, job, item, worker):
         _fetch_lanes(y, job.y_inner, job.y_class, count, n, q)
         p_m, p_rest = _read_lanes(x, p, e, n)
         q_m, q_rest = _read_lanes(x, q, f, n)
-        high, low = _shift(x, p_m, p_rest, q_m, q_rest)
-        p_t, p_c, q_t, q_c = _excess_of_lanes(p, q, e, f, n, high, low)
-        value = _divergence_of(x, p_m, p_rest, q_m, q_rest, p_t, p_c, q_t, q_c)
-        if _needs_recentring(x, value):
-            t, c = _splat_double(x, 0.0), _splat_double(x, 0.0)
-            for i in range(0, n * lanes, lanes):
-                t, c = _add_ratios(p, q, e, i, None, high, low, t, c)
-            high, low = _recentred(x, high, low, value, t, c, p_rest)
-            p_t, p_c, q_t, q_c = _excess_of_lanes(p, q, e, f, n, high, low)
-            value = _divergence_of(x, p_m, p_rest, q_m, q_rest, p_t, p_c, q_t, q_c)
+        pair = _pair_of(x, p_m, p_rest, q_m, q_rest)
+        sums = _divergence_of_lanes(x, p, q, e, f, n, pair)
+        value, off, again = _divergence_of(x, p_m, p_rest, q_m, q_rest, sums)
+        if _any(again):
+            pair = _recentred(x, pair, again, off)
+            sums = _divergence_of_lanes(x, p, q, e, f, n, pair)
+            value, _, _ = _divergence_of(x, p_m, p_rest, q_m, q_rest, sums)
         _store_where(out, _first_lanes(x, count), row, value)
         row += count
     return 0
@@ -1244,17 +1360,13 @@ def _run_rows(
     direct = x_strides[2] == y_strides[2] == 1
     if not direct:
         item_rows *= -(-_FETCHED // item_rows)
-    real = out.itemsize
     rows = 1 if direct else 512 // x.itemsize
-    kept = n if direct and wide is _divergence and n <= _KEPT else 0
     if n <= _NARROW:
         kernel, size = narrow, 4 * _NARROW * 64
     else:
         kernel = wide
         blocks = 0 if direct else 2 * rows * _PITCH * x.itemsize
-        size = (
-            8 * rows * (_SUMS + 2 * _STATE + 2 * -(-n // _BLOCK)) + 2 * (kept + _BLOCK) * real + blocks
-        )
+        size = 8 * rows * (_SUMS + 2 * _STATE) + 2 * _BLOCK * out.itemsize + blocks
     words = -(-size // 64) * 8
     n_items = -(-n_rows // item_rows)
     workers = max(1, min(num_threads, n_items))
@@ -1262,7 +1374,7 @@ def _run_rows(
         scratch = memory.address + 8 * _JOB_WORDS
         integers = (
             *(_address(x), *x_strides, _address(y), *y_strides, inner, first_row, n_rows, n),
-            *(item_rows, _address(out), scratch, words, rows, kept),
+            *(item_rows, _address(out), scratch, words, rows),
         )
         function = _address_of(kernel, _OF_ROWS, x.dtype)
         return _run(function, memory, (integers, reals), n_items, workers)
