@@ -312,6 +312,9 @@ def main() -> None:
     )
     parser.add_argument("--only", help="contenders, such as fastce-numba,torch (default: all)")
     parser.add_argument(
+        "--merge", action="store_true", help="keep what the results have of other contenders"
+    )
+    parser.add_argument(
         "--render", action="store_true", help="measure nothing: the table of the results"
     )
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -327,6 +330,9 @@ def main() -> None:
         report = json.loads(path.read_text("utf-8"))
     else:
         report = _report(args)
+        if args.merge:
+            earlier = json.loads(path.read_text("utf-8"))["results"]
+            report["results"] = earlier | report["results"]
         if whole:
             text = json.dumps(report, indent=1)
             path.write_text(
