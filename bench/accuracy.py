@@ -85,6 +85,8 @@ def _largest(what: str, got: NDArray[Any], true: NDArray[np.longdouble]) -> dict
     n_bits, least_exponent = _FORMATS[got.dtype.name]
     exponent = np.frexp(true)[1] - 1
     unit = np.ldexp(np.longdouble(1), np.maximum(exponent, least_exponent) - n_bits)
+    if what == "grad":  # below the smallest normal number, where 0 will do, that is the unit
+        unit = np.where(exponent < least_exponent, np.ldexp(np.longdouble(1), least_exponent), unit)
     off = np.abs(got.astype(np.float64) - true)
     return {
         f"{what}_max_ulp": float((off / unit).max()),

@@ -306,7 +306,10 @@ def _fastest(
 def _shape(workload: Workload) -> str:
     sizes = [f"{n:,}".replace(",", " ") for n in workload.shape]
     layout = "" if workload.axis == -1 else f", axis {workload.axis}"
-    return " x ".join(sizes) + layout + (f", step {workload.step}" if workload.step > 1 else "")
+    step = f", step {workload.step}" if workload.step > 1 else ""
+    return (
+        " x ".join(sizes) + layout + step + (f", times {workload.scale}" if workload.scale > 1 else "")
+    )
 
 
 def _title(report: Report, name: str) -> str:

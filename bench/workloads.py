@@ -33,6 +33,7 @@ class Workload:
     why: str
     axis: int = -1  # of the classes
     step: int = 1  # elements from one class to the next, where the class axis is the last
+    scale: int = 1  # of the logits
     fresh: bool = False  # whether the fresh gradient is timed too
     scaling: bool = False  # whether it is timed with fewer threads too
 
@@ -79,6 +80,8 @@ class Workload:
         """
         *batch, last = self.shape
         logits = sample_logits((*batch, last * self.step), self.dtype)[..., :: self.step]
+        if self.scale != 1:
+            logits *= logits.dtype.type(self.scale)
         rows = np.moveaxis(logits, self.axis, -1)
         targets = np.random.default_rng(1).integers(self.n_classes, size=rows.shape[:-1])
         some = (slice(None, None, 2), *([slice(None)] * (targets.ndim - 1)))
@@ -139,6 +142,14 @@ WORKLOADS = {
             "layouts",
             "every other column of a wider array: memory delivers twice the bytes",
             step=2,
+        ),
+        Workload(
+            "10000x1000-float32-scale20",
+            (10_000, 1000),
+            "float32",
+            "layouts",
+            "logits far apart: exponentials that are nearly 0, or subnormal on the way there",
+            scale=20,
         ),
         _rows(8, 10, "float32", "a small call: checks and dispatch are the cost", group="small calls"),
     )
