@@ -298,6 +298,33 @@ def test_a_result_past_the_caches_has_the_same_bits(backend, work, dtype, n_clas
         assert memory[-1] == 7
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_kind_past_the_caches(backend, dtype, monkeypatch):
+    """A gradient may be written while the next row is read, whatever kind of row either is."""
+    kinds = {
+        "ordinary": 0.0,
+        "climbs": np.linspace(0, 100, 5000),  # so its exponentials have several references
+        "masked": np.where(np.arange(5000) < 2500, -INF, 0),
+        "NaN": np.where(np.arange(5000) == 4000, NAN, 0),
+        "inf": np.where(np.arange(5000) == 10, INF, 0),
+        "nothing": -INF,
+        "ignored": 0.0,
+        "far": 500 * (np.arange(5000) % 2),
+    }
+    order = np.random.default_rng(2).integers(len(kinds), size=64)
+    added = np.stack([np.broadcast_to(kind, 5000) for kind in kinds.values()])[order]
+    logits = np.random.default_rng(0).standard_normal((64, 5000)) + added
+    x, y = logits.astype(dtype), np.random.default_rng(1).integers(5000, size=64)
+    y[order == [*kinds].index("ignored")] = -100
+    upstream = np.where(np.arange(64) % 5 == 4, 1e-40, 1.0)  # too small for a product of float32
+    options = {"reduction": "none", "grad_output": upstream, "backend": backend}
+    expected = fastce.cross_entropy_with_grad(x, y, **options)
+    monkeypatch.setattr("fastce.losses._STREAM_BYTES", 0)
+    for threads in (1, 2):
+        got = fastce.cross_entropy_with_grad(x, y, **options, out=np.empty_like(x), num_threads=threads)
+        assert_all_same_bits(got, expected, threads)
+
+
 @pytest.mark.parametrize("n_classes", [10, 300])
 @pytest.mark.parametrize("half", HALVES)
 @of_writers

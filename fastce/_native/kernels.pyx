@@ -107,6 +107,8 @@ cdef ptrdiff_t _KEEPS_LOCK = 8192
 cdef ptrdiff_t _TURNS = 16
 # Where classes are not neighbours, rows are: a work item takes several cache lines of them, if there are enough.
 cdef ptrdiff_t _TURNED_ROWS = 256
+# Where a gradient passes the caches by: it is written while the next row of the item is read.
+cdef ptrdiff_t _STREAMED_ROWS = 16
 # Elements of a work item where each is computed for itself.
 cdef ptrdiff_t _TILE = BINARY_TILE
 
@@ -459,11 +461,17 @@ cdef void _describe_stats(fastce_call *call, stats):
     call.argmax = <int64_t *>_data(stats.argmax)
     call.ranks = <int64_t *>_data(stats.rank)
 
-cdef ptrdiff_t _item_rows(ptrdiff_t n_rows, ptrdiff_t tile, bint turned, int num_threads) noexcept nogil:
+
+cdef ptrdiff_t _item_rows(
+    ptrdiff_t n_rows, ptrdiff_t tile, bint turned, bint streamed, int num_threads
+) noexcept nogil:
     """Return how many rows, whole tiles of them, a thread takes at a time."""
-    if not turned:
-        return tile
-    return tile * ((max(16, min(_TURNED_ROWS, n_rows // (4 * num_threads))) + tile - 1) // tile)
+    cdef ptrdiff_t share = n_rows // (4 * num_threads), rows = 1
+    if turned:
+        rows = max(16, min(_TURNED_ROWS, share))
+    elif streamed:
+        rows = max(1, min(_STREAMED_ROWS, share))
+    return tile * ((rows + tile - 1) // tile)
 
 
 cdef ptrdiff_t _run_tiles(
@@ -476,7 +484,7 @@ cdef ptrdiff_t _run_tiles(
         or (call.grad != NULL and call.grad_class_stride != 1)
         or (call.probs != NULL and call.probs_class_stride != 1)
     )
-    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, num_threads)
+    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, call.stream, num_threads)
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_ignored = 0
     cdef size_t size = kernels.scratch(call)
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
@@ -534,7 +542,7 @@ cdef ptrdiff_t _run_measure(
     """Return the number of rows with invalid probabilities, or -1 without memory."""
     cdef const fastce_call *call = &measure.rows
     cdef bint turned = call.class_stride != 1 or (call.probs != NULL and call.probs_class_stride != 1)
-    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, num_threads)
+    cdef ptrdiff_t step = _item_rows(n_rows, tile, turned, 0, num_threads)
     cdef ptrdiff_t n_items = (n_rows + step - 1) // step, item, chunk, n_bad = 0
     cdef size_t size = (kernels.measure_scratch(measure) + 127) // 64 * 64
     cdef int n_threads = <int>min(<ptrdiff_t>num_threads, n_items)
