@@ -104,20 +104,22 @@ def _lines(context, builder, array, value, i):
 
 
 @intrinsic
-def _read_turn(typingctx, source, i):
-    """Read the lines of a turn and return a word made of all, so that none can be left out."""
+def _read_turn(typingctx, source, i, found):
+    """Read the lines of a turn into the words of the line ``found``, so that none can be left out.
+
+    One word made of all would take as long as the reading.
+    """
 
     def codegen(context, builder, signature, args):
-        words = None
-        for line in _lines(context, builder, signature.args[0], *args):
-            new = builder.load(line, align=64)
-            words = new if words is None else builder.xor(words, new)
-        found = builder.extract_element(words, ir.IntType(32)(0))
-        for k in range(1, _LINE):
-            found = builder.xor(found, builder.extract_element(words, ir.IntType(32)(k)))
-        return found
+        to = context.make_array(signature.args[2])(context, builder, args[2]).data
+        to = builder.bitcast(to, ir.VectorType(ir.IntType(64), _LINE).as_pointer())
+        words = builder.load(to, align=8)
+        for line in _lines(context, builder, signature.args[0], *args[:2]):
+            words = builder.xor(words, builder.load(line, align=64))
+        builder.store(words, to, align=8)
+        return context.get_dummy_value()
 
-    return types.int64(source, types.int64), codegen
+    return types.none(source, types.int64, found), codegen
 
 
 @intrinsic
@@ -141,10 +143,10 @@ def _copy_turn(typingctx, source, target, i):
 @njit(**_OPTIONS)
 def _read(source, n_streams):
     _want_512()
-    found, step = np.int64(0), source.size // n_streams
+    found, step = np.zeros(_LINE, np.int64), source.size // n_streams
     for start in range(0, step, _TURN):
         for turn in range(start, source.size, step):
-            found ^= _read_turn(source, turn)
+            _read_turn(source, turn, found)
     return found
 
 
