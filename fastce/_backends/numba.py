@@ -58,7 +58,7 @@ _L1_CLASSES = 1024  # classes of short rows that are read before any is summed
 _PITCH = _BLOCK + 16  # between the rows of a transposed block; an odd number of lines, for L1's sake
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**20  # of scratch that a thread keeps from call to call
-_AHEAD = 2**13  # bytes; floats and halves one block ahead: up to 1.1 times the time from memory
+_PAGE, _LINE = 2**12, 64  # bytes
 _FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
@@ -356,6 +356,21 @@ class _Pointer:
         signature = ir.FunctionType(ir.VoidType(), [at.type, number, number, number])
         function = _declare(self.builder, "llvm.prefetch.p0", signature)
         self.builder.call(function, [at, number(int(to_write)), number(3), number(1)])
+
+    def fetch_ahead(self, index: Any, count: int, to_write: bool = False) -> None:
+        """Fetch four pages ahead of ``count`` vectors, a line of each page in turn.
+
+        The hardware fetches ahead within a page, and starts anew at each: see ``in_turn`` in halves.inc.
+        """
+        b, word = self.builder, ir.IntType(64)
+        size, turn = count * self.lanes * self._align, 4 * _PAGE
+        address = _Value(b, b.ptrtoint(self._at(index, 0), word)) + turn
+        address = address & -min(size, 4 * _LINE)
+        page, line = (address & (3 * _LINE)) * (_PAGE // _LINE), (address & (turn - 4 * _LINE)) >> 2
+        pointer = b.inttoptr(((address & -turn) + page + line).value, ir.IntType(8).as_pointer())
+        start = _Pointer(b, pointer, types.int8)
+        for i in range(size // _LINE):
+            start.prefetch(i % 4 * _PAGE + i // 4 * _LINE, to_write)
 
     def _widened(self, v: _Value) -> _Value:
         if self.dtype == types.uint16:
@@ -1025,10 +1040,9 @@ def _terms(count: int, tame: bool = False) -> Any:
         for k in range(0, count, together):
             at = i + k * x.lanes
             v = x.load(at, together * x.lanes)
-            for line in range(together):
-                x.prefetch(at + (_AHEAD // x._align + line * x.lanes))  # where the reader will be next
-                if e:  # in a gradient that is not in the caches
-                    e.prefetch(at + (_BLOCK + line * x.lanes), to_write=True)
+            x.fetch_ahead(at, together)
+            if e:  # in a gradient that is not in the caches
+                e.fetch_ahead(at, together, to_write=True)
             term = _term(v, ref.repeated(v.lanes), tame)
             if e:
                 e.store(at, term)
@@ -1146,8 +1160,8 @@ def _summed_shares(
 ) -> _ShareSums:
     soft, tiny, least = what.soft, 2.0 ** _MIN_EXPONENT[v.bits], sums.least
     t, w = (p and load(p) for p in (soft.t, soft.w))
-    for line in range(v.lanes // x.lanes if t else 0):
-        soft.t.prefetch(i + (_BLOCK + line * x.lanes))
+    if t:
+        soft.t.fetch_ahead(i, v.lanes // x.lanes)
     share = w or v.of(1.0)
     if t:
         for part in t.parts(x.lanes):

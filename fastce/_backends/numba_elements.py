@@ -835,11 +835,10 @@ def _divergences(count: int, care: int = _CLOSE, wild: bool = False) -> Any:
     @_emits(lambda *args: args[-1])
     def add(x, y, e, f, i, left, pair, sums):
         bits, terms, slopes = _bits_of(x), [], []
+        for pointer in (x, y) if count > 1 else ():  # 0.8 of the time out of L2
+            pointer.fetch_ahead(i, count)
         for k in range(count):
             some = _Some(i + k * x.lanes, x.lanes, None if left is None else _first(x, left))
-            # where the reader will be next: 0.8 of the time out of L2
-            for pointer in (x, y) if count > 1 else ():
-                pointer.prefetch(i + (k * x.lanes + _BLOCK))
             d = _log_ratio(some.load(x), some.load(y), pair, care, wild)
             p, q = _weights(some.load(e)), _weights(some.load(f))
             if care == _APART:
