@@ -908,6 +908,12 @@ def _load_where(pointer, mask, i):
 
 
 @_emits(_none)
+def _fetch_ahead(source):
+    """Fetch what will be read after a square of vectors, which starts here where rows are contiguous."""
+    source.fetch_ahead(0, source.lanes)
+
+
+@_emits(_none)
 def _transpose_in(source, step, ahead, n_vectors, n_lanes, out, out_step):
     """Load vectors ``step`` apart, transpose, and store them ``out_step`` apart; fetch those ``ahead``.
 
@@ -918,7 +924,8 @@ def _transpose_in(source, step, ahead, n_vectors, n_lanes, out, out_step):
     for i in range(source.lanes):
         index = last.compare("<", i).select(last, last.of(i))  # a missing vector repeats the last
         rows.append(source.load_where(mask, index * step, 0.0))
-        source.prefetch(index * step + ahead)
+        if ahead:
+            source.prefetch(index * step + ahead)
     for i, column in enumerate(_transposed(rows)):
         out.store(out_step * i, column)
 
@@ -3052,9 +3059,8 @@ def _fetch_lanes(x, row_step, class_step, count, n, work):
     elif class_step == 1:
         for c in range(0, n, lanes):
             some = min(lanes, n - c)
-            _transpose_in(
-                _at(x, c), row_step, lanes * row_step, count, some, _at(work, c * lanes), lanes
-            )
+            _fetch_ahead(_at(x, c * lanes))
+            _transpose_in(_at(x, c), row_step, None, count, some, _at(work, c * lanes), lanes)
     else:
         for c in range(n):
             for r in range(lanes):
