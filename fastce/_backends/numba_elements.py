@@ -11,6 +11,7 @@ double: exact, and neither too large nor subnormal.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -404,6 +405,9 @@ def _add_binary(x, losses, job, i, left, from_logits, weighted, with_grad, total
     unit, floor, grad_unit = number("unit"), number("floor"), number("grad_unit")
     real = _computed(x.dtype)
     summands = []
+    if left is None:
+        x.fetch_ahead(i, _STRIP)
+        array("targets", x.dtype).fetch_ahead(i, _STRIP)
     for k in range(0, _STRIP if left is None else 1, together):
         some = _Some(i + k * x.lanes, together * x.lanes, mask)
         v, t = some.load(x), some.load(array("targets", x.dtype))
@@ -517,12 +521,15 @@ def _information_tile(x_type, job, item):
 def _add_term(
     total: _Value, carry: _Value, x: _Value, y: _Value | float = 1.0
 ) -> tuple[_Value, _Value]:
-    """Add x * y to a sum; that of products of float32, which are exact, is without a carry."""
-    if x.bits == 32:
-        y = y.double() if isinstance(y, _Value) else y
-        return _fma(x.double(), y, total), carry
-    total, error = _two_sum(total, x * y)
-    return total, carry + error
+    """Add x * y to a sum of as many lanes or fewer; that of float32's products, exact, has no carry."""
+    factors = y.parts(total.lanes) if isinstance(y, _Value) else itertools.repeat(y)
+    for a, b in zip(x.parts(total.lanes), factors, strict=False):
+        if x.bits == 32:
+            total = _fma(a.double(), b.double() if isinstance(b, _Value) else b, total)
+        else:
+            total, error = _two_sum(total, a * b)
+            carry = carry + error
+    return total, carry
 
 
 def _kl_term(p: _Value, q: _Value) -> _Value:
@@ -550,31 +557,42 @@ def _kl_term(p: _Value, q: _Value) -> _Value:
     return _fma(near.select(p - q, p), factor, near.select(0.0, q))
 
 
-@_emits(_several(*[_doubles] * 6))
-def _add_classes(p, q, kl, job, i, left, total, carry, p_total, p_carry, q_total, q_carry):
-    """Add a vector of classes to the sums of a measure, and for the divergence of p and of q.
+def _class_additions(count: int) -> Any:
+    """Make the step that adds ``count`` vectors, or ``left`` classes, to a measure's sums."""
 
-    Without q it is the entropy, without ``kl`` the cross-entropy. Invalid numbers make the sum NaN.
-    """
-    some = _Some(i, p.lanes, None if left is None else _first(p, left))
-    base = _base_of(job, _OF_ROWS, _bits_of(p))
-    a = some.load(p)
-    valid = a.compare(">=", 0.0)
-    if q is None:
-        # 0 times the logarithm of 0, which is finite here, is 0
-        total, carry = _add_term(total, carry, a, -valid.select(_log(a, base), math.nan))
+    @_emits(_several(*[_doubles] * 6))
+    def add(p, q, kl, job, i, left, total, carry, p_total, p_carry, q_total, q_carry):
+        """Add to the sums of a measure, and for the divergence of p and of q.
+
+        Without q it is the entropy, without ``kl`` the cross-entropy. Invalid numbers make the sum NaN.
+        """
+        some = _Some(i, count * p.lanes, None if left is None else _first(p, left))
+        for pointer in (p, q) if count > 1 else ():
+            if pointer:
+                pointer.fetch_ahead(i, count)
+        base = _base_of(job, _OF_ROWS, _bits_of(p))
+        a = some.load(p)
+        valid = a.compare(">=", 0.0)
+        if q is None:
+            # 0 times the logarithm of 0, which is finite here, is 0
+            total, carry = _add_term(total, carry, a, -valid.select(_log(a, base), math.nan))
+            return total, carry, p_total, p_carry, q_total, q_carry
+        b = some.load(q)
+        valid = valid & b.compare(">=", 0.0)
+        if kl is None:
+            log = a.compare(">", 0.0).select(_ends(b, _log(b, base), base), 0.0)
+            total, carry = _add_term(total, carry, a, -valid.select(log, math.nan))
+            return total, carry, p_total, p_carry, q_total, q_carry
+        for term in valid.select(_kl_term(a, b), math.nan).parts(total.lanes):
+            total, carry = (total + term, carry) if a.bits == 32 else _add_term(total, carry, term)
+        p_total, p_carry = _add_term(p_total, p_carry, a)
+        q_total, q_carry = _add_term(q_total, q_carry, b)
         return total, carry, p_total, p_carry, q_total, q_carry
-    b = some.load(q)
-    valid = valid & b.compare(">=", 0.0)
-    if kl is None:
-        log = a.compare(">", 0.0).select(_ends(b, _log(b, base), base), 0.0)
-        total, carry = _add_term(total, carry, a, -valid.select(log, math.nan))
-        return total, carry, p_total, p_carry, q_total, q_carry
-    term = valid.select(_kl_term(a, b), math.nan)
-    total, carry = (total + term, carry) if a.bits == 32 else _add_term(total, carry, term)
-    p_total, p_carry = _add_term(p_total, p_carry, a)
-    q_total, q_carry = _add_term(q_total, q_carry, b)
-    return total, carry, p_total, p_carry, q_total, q_carry
+
+    return add
+
+
+_add_classes, _add_classes4 = map(_class_additions, (1, 4))
 
 
 @_emits(_same)
@@ -621,7 +639,10 @@ def _sum_classes(p, q, kl, n, job, sums):
     zero = _splat_double(p, 0.0)
     t, c, p_t, p_c, q_t, q_c = zero, zero, zero, zero, zero, zero
     whole = n - n % lanes
-    for i in range(0, whole, lanes):
+    strips = whole - whole % (4 * lanes)
+    for i in range(0, strips, 4 * lanes):
+        t, c, p_t, p_c, q_t, q_c = _add_classes4(p, q, kl, job, i, None, t, c, p_t, p_c, q_t, q_c)
+    for i in range(strips, whole, lanes):
         t, c, p_t, p_c, q_t, q_c = _add_classes(p, q, kl, job, i, None, t, c, p_t, p_c, q_t, q_c)
     if whole < n:
         t, c, p_t, p_c, q_t, q_c = _add_classes(
