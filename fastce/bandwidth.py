@@ -4,9 +4,9 @@ Two sweeps over more than a cache holds: one that only reads, as the loss does, 
 array and writes another past the caches, as a large gradient does.
 
 Each thread walks four places at once, some lines of each in turn. One place a thread, as in NumPy's
-``max`` and ``copyto`` and in a plain loop in C, copies a quarter less on a Xeon with AVX-512, and on some
-reads less too: the hardware's prefetcher starts anew at every page. Both are measured; the limit is the
-larger one, because a figure that a kernel can exceed is none.
+``max`` and ``copyto`` and in a plain loop in C, copies a quarter less on a Xeon with AVX-512, and
+on some reads less too: the hardware's prefetcher starts anew at every page. Both are measured; the
+limit is the larger one, because a figure that a kernel can exceed is none.
 
 The sweeps are compiled by Numba when this module is imported, and cached on disk.
 """
