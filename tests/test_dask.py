@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import CancelledError
+from unittest import mock
 
 import dask.array as da
 import numpy as np
 import pytest
 
 import fastce
-from fastce.interop.dask import cluster_executor, cross_entropy
+from fastce.interop.dask import _Workers, cluster_executor, cross_entropy
 from fastce.scoring import shards
 
 N_ROWS, N_CLASSES = 4_000, 50
@@ -80,6 +82,22 @@ def test_killed_workers_change_no_bit(tmp_path, dump, executor, seed):
     assert len(killed) == 2
     assert many == one
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("way", [CancelledError(), TimeoutError()])
+def test_lost_results_are_computed_again(way):
+    def losing(n_lost):
+        client = mock.Mock()
+        task = client.submit.return_value
+        task.result.side_effect = [way] * n_lost + [32]
+        task.add_done_callback.side_effect = lambda callback: callback(task)
+        return client
+
+    client = losing(3)
+    assert _Workers(client).submit(pow, 2, 5).result(timeout=1) == 32
+    assert client.submit.return_value.cancel.call_count == 3
+    with pytest.raises(type(way)):
+        _Workers(losing(4)).submit(pow, 2, 5).result(timeout=1)
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,50 @@ _INSTALL = "python -m pip install 'fastce[dask]'"
 #: How often Dask starts a part again whose worker died. Its own limit of workers that one task may
 #: take down comes on top.
 _RETRIES = 3
+
+#: Seconds within which a finished part's record, which is small, arrives, or it is lost.
+_FETCH = 10.0
+
+
+class _Workers(Executor):
+    """The workers of a cluster.
+
+    When a worker dies whose result is not fetched yet, Dask may take it for an error (in
+    `Client.get_executor`), forget the task, or wait for ever. Here it is then a new task.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def start(retries: int) -> None:
+            task = self._client.submit(fn, *args, pure=False, retries=_RETRIES, **kwargs)
+            future.add_done_callback(lambda future: task.cancel() if future.cancelled() else None)
+            task.add_done_callback(lambda task: finish(task, retries))
+
+        def finish(task: Any, retries: int) -> None:
+            if future.cancelled():
+                return
+            try:
+                try:
+                    result = task.result(timeout=_FETCH)
+                except (CancelledError, TimeoutError):
+                    if not retries:
+                        raise
+                    task.cancel()
+                    start(retries - 1)
+                    return
+            except BaseException as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            else:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(result)
+
+        start(_RETRIES)
+        return future
 
 
 @contextmanager
@@ -31,7 +75,7 @@ def cluster_executor(address: str) -> Iterator[Executor]:
     Yields
     ------
     concurrent.futures.Executor
-        Its tasks are keyed by a hash of their arguments and are tried again when a worker dies.
+        Its tasks are tried again when a worker dies.
 
     Raises
     ------
@@ -61,10 +105,10 @@ def cluster_executor(address: str) -> Iterator[Executor]:
             ) as cluster,
             Client(cluster) as client,
         ):
-            yield client.get_executor(pure=True, retries=_RETRIES)
+            yield _Workers(client)
     elif kind in ("tcp", "tls", "ucx"):
         with Client(address) as client:
-            yield client.get_executor(pure=True, retries=_RETRIES)
+            yield _Workers(client)
     else:
         raise ValueError(f"dask: expected tcp://HOST:PORT or local:N, got {address!r}")
 
