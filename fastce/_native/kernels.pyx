@@ -105,8 +105,9 @@ cdef ptrdiff_t _KEEPS_LOCK = 8192
 # Each thread takes about this many turns: enough to even out what else runs on the cores, few enough that
 # what it takes is one stretch of memory, whose fresh pages it alone touches.
 cdef ptrdiff_t _TURNS = 16
-# Where classes are not neighbours, rows are: a work item takes several cache lines of them, if there are enough.
-cdef ptrdiff_t _TURNED_ROWS = 256
+# Where classes are not neighbours, rows are: a work item takes several cache lines of them, if each thread gets so
+# many, and up to a few groups, each of which is taken in while the one before is worked on: 0.85 of 256 rows' time.
+cdef ptrdiff_t _TURNED_ROWS = 1024, _TURNED_GROUP = 128
 # Where a gradient passes the caches by: it is written while the next row of the item is read.
 cdef ptrdiff_t _STREAMED_ROWS = 16
 # Elements of a work item where each is computed for itself.
@@ -468,7 +469,7 @@ cdef ptrdiff_t _item_rows(
     """Return how many rows, whole tiles of them, a thread takes at a time."""
     cdef ptrdiff_t share = n_rows // (4 * num_threads), rows = 1
     if turned:
-        rows = max(16, min(_TURNED_ROWS, share))
+        rows = max(16, min(_TURNED_ROWS, max(share, min(_TURNED_GROUP, n_rows // num_threads))))
     elif streamed:
         rows = max(1, min(_STREAMED_ROWS, share))
     return tile * ((rows + tile - 1) // tile)
