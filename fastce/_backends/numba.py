@@ -59,7 +59,9 @@ _PITCH = _BLOCK + 16  # between the rows of a transposed block; an odd number of
 _STREAM_BYTES = 2**14  # gradients of shorter rows are not stored past the caches: it takes longer
 _SPARE_WORDS = 2**20  # of scratch that a thread keeps from call to call
 _PAGE, _LINE = 2**12, 64  # bytes
-_FETCHED, _FETCHED_BYTES = 256, 2**19  # the most rows that are transposed together; and their size
+# The most rows that are transposed together, and their bytes: half as many bytes take 1.1 times as
+# long, twice as many rows too.
+_FETCHED, _FETCHED_BYTES = 256, 2**20
 
 # By bits of the dtype; derivations stand beside the same numbers in row_body.inc.
 _POLY = {
@@ -939,6 +941,14 @@ def _transpose_out(source, source_step, out, step, ahead, n_vectors, n_lanes):
         lanes = n_vectors.compare(">", i).select(n_lanes, n_lanes.of(0))
         out.prefetch(step * i + ahead, to_write=True)
         out.store_where(_first(out, lanes), step * i, row)
+
+
+@_emits(_none)
+def _transpose_out_past_caches(source, source_step, out, step):
+    """Do that with all lanes of all vectors, to addresses for whole vectors."""
+    columns = [source.load(source_step * i) for i in range(source.lanes)]
+    for i, row in enumerate(_transposed(columns)):
+        out.store(step * i, row, past_caches=True)
 
 
 def _zips(n: int) -> Any:
@@ -2573,6 +2583,10 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
         outer, inner = divmod(job.first_row + row, job.inner)
         fetched = min(most, last - row, job.inner - inner)
         at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
+        if with_grad is not None and job.stream != 0:
+            g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
+            head = _aligned_rows(_pointer_like(g_at, x_type), job.g_inner, job.g_class)
+            fetched = min(fetched, head) if head > 0 else fetched
         _fetch(_pointer_like(at, x_type), job.x_inner, job.x_class, fetched, n, block, pitch)
         if soft is not None:
             t = _at(_probs_of(soft), outer * job.p_outer + inner * job.p_inner)
@@ -2600,8 +2614,10 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
         if with_grad is not None:
             g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
             g = _pointer_like(g_at, x_type)
-            _deliver(block, pitch, g, job.g_inner, job.g_class, fetched, n)
+            _deliver(block, pitch, g, job.g_inner, job.g_class, fetched, n, job.stream != 0)
         row += fetched
+    if job.stream != 0:
+        _fence(x_type)
     _sum_tiles(x_type, job, first, last)
     return counted
 
@@ -2733,9 +2749,18 @@ def _fetch_probs(t, job, count, n, out, pitch):
 
 
 @njit(**_INNER)
-def _deliver(source, pitch, g, row_step, class_step, count, n):
-    """Copy the other way."""
+def _aligned_rows(g, row_step, class_step):
+    """Return how many rows come before those that fill whole lines in every class; -1 if none do."""
+    if _is_half(g) or row_step != 1 or class_step % _lanes(g) != 0:
+        return -1
+    return _to_next_line(g)
+
+
+@njit(**_INNER)
+def _deliver(source, pitch, g, row_step, class_step, count, n, stream):
+    """Copy the other way; past the caches, if asked to and lines are whole: 0.7 to 0.75 of the time."""
     lanes = _lanes(g)
+    stream = stream and _aligned_rows(g, row_step, class_step) == 0
     if class_step == 1:
         for r in range(count):
             for j in range(0, n, lanes):
@@ -2746,7 +2771,11 @@ def _deliver(source, pitch, g, row_step, class_step, count, n):
             some = min(lanes, n - j)
             for r in range(0, count, lanes):
                 block, target = _at(source, r * pitch + j), _at(g, j * class_step + r)
-                _transpose_out(block, pitch, target, class_step, lanes, some, min(lanes, count - r))
+                if stream and some == lanes and count - r >= lanes:
+                    _transpose_out_past_caches(block, pitch, target, class_step)
+                else:
+                    some_rows = min(lanes, count - r)
+                    _transpose_out(block, pitch, target, class_step, lanes, some, some_rows)
     else:
         for j in range(n):
             for r in range(count):
@@ -2831,7 +2860,7 @@ def _write_group(x, job, row, count, n, first_class, states, parts, refs, block,
             if place < size:
                 _set_target(e, place, gap, target_term, rest, scale, soft, own)
         at = _at(g, start * job.g_class)
-        _deliver(block, _PITCH, at, job.g_inner, job.g_class, count, size)
+        _deliver(block, _PITCH, at, job.g_inner, job.g_class, count, size, job.stream != 0)
 
 
 @njit(**_INNER)
@@ -3534,7 +3563,7 @@ def _run(
         grad, scale, stream, log = write
         g_strides = _strides(grad)
         wanted, direct = ("grad", *wanted), direct and g_strides[2] == 1
-        stream = stream and n_classes * logits.itemsize >= _STREAM_BYTES
+        stream = stream and not (direct and n_classes * logits.itemsize < _STREAM_BYTES)
         outputs = _address(scale), scale.strides[0] // 8, _address(grad), *g_strides, stream, log
     plan = _plan(logits.dtype, n_classes, direct, wanted)
     n_items = -(-n_rows // plan.item_rows) * plan.n_parts
