@@ -179,6 +179,14 @@ def test_classes_in_the_middle_give_the_same_bits(backend, work, inner, n_classe
         check_middle(backend, work, dtype, inner, n_classes)
 
 
+@pytest.mark.parametrize(("n_classes", "inner"), [(150, 200), (300, 13), (1100, 100), (8300, 16)])
+@pytest.mark.parametrize("work", [class_ids, softmax])
+def test_many_classes_in_the_middle_give_the_same_bits(backend, work, inner, n_classes):
+    """More groups of rows than one, bands of few rows, and more blocks than are kept."""
+    for dtype in ALL_DTYPES:
+        check_middle(backend, work, dtype, inner, n_classes)
+
+
 def check_middle(backend, work, dtype, inner, n_classes):
     arrays = arguments(3 * inner, n_classes, dtype)
     expected = work(**arrays, backend=backend)
@@ -298,9 +306,10 @@ def test_a_result_past_the_caches_has_the_same_bits(backend, work, dtype, n_clas
         assert memory[-1] == 7
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_every_kind_past_the_caches(backend, dtype, monkeypatch):
-    """A gradient may be written while the next row is read, whatever kind of row either is."""
+def test_rows_of_every_kind_past_the_caches(backend, dtype, axis, monkeypatch):
+    """A gradient may be written while the next row is read, or with others, whatever kind each is."""
     kinds = {
         "ordinary": 0.0,
         "climbs": np.linspace(0, 100, 5000),  # so its exponentials have several references
@@ -320,9 +329,12 @@ def test_rows_of_every_kind_past_the_caches(backend, dtype, monkeypatch):
     options = {"reduction": "none", "grad_output": upstream, "backend": backend}
     expected = fastce.cross_entropy_with_grad(x, y, **options)
     monkeypatch.setattr("fastce.losses._STREAM_BYTES", 0)
-    for threads in (1, 2):
-        got = fastce.cross_entropy_with_grad(x, y, **options, out=np.empty_like(x), num_threads=threads)
-        assert_all_same_bits(got, expected, threads)
+    for threads, offset in ((1, 0), (2, 0), (2, 5)):
+        out = np.empty(x.size + offset, dtype)[offset:]
+        out = out.reshape(x.shape) if axis == 1 else out.reshape(x.shape[::-1]).T
+        moved = np.ascontiguousarray(x) if axis == 1 else np.asfortranarray(x)
+        got = fastce.cross_entropy_with_grad(moved, y, **options, out=out, num_threads=threads)
+        assert_all_same_bits(got, expected, (threads, offset))
 
 
 @pytest.mark.parametrize("n_classes", [10, 300])
