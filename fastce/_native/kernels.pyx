@@ -107,7 +107,7 @@ cdef ptrdiff_t _KEEPS_LOCK = 8192
 cdef ptrdiff_t _TURNS = 16
 # Where classes are not neighbours, rows are: a work item takes several cache lines of them, if each thread gets so
 # many, and up to a few groups, each of which is taken in while the one before is worked on: 0.85 of 256 rows' time.
-cdef ptrdiff_t _TURNED_ROWS = 1024, _TURNED_GROUP = 128
+cdef ptrdiff_t _TURNED_ROWS = 1024, _TURNED_GROUP = 96
 # Where a gradient passes the caches by: it is written while the next row of the item is read.
 cdef ptrdiff_t _STREAMED_ROWS = 16
 # Elements of a work item where each is computed for itself.
