@@ -2735,6 +2735,10 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
             for r in range(0, count, lanes):
                 source, target = _at(x, j * class_step + r), _at(out, r * pitch + j)
                 _transpose_in(source, class_step, lanes, some, min(lanes, count - r), target, pitch)
+    elif abs(class_step) < abs(row_step):
+        for r in range(count):
+            for j in range(n):
+                _set(out, r * pitch + j, _get(x, r * row_step + j * class_step))
     else:
         for j in range(n):
             for r in range(count):
@@ -2776,6 +2780,10 @@ def _deliver(source, pitch, g, row_step, class_step, count, n, stream):
                 else:
                     some_rows = min(lanes, count - r)
                     _transpose_out(block, pitch, target, class_step, lanes, some, some_rows)
+    elif abs(class_step) < abs(row_step):
+        for r in range(count):
+            for j in range(n):
+                _set(g, r * row_step + j * class_step, _get(source, r * pitch + j))
     else:
         for j in range(n):
             for r in range(count):
