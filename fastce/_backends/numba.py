@@ -2583,9 +2583,10 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
         outer, inner = divmod(job.first_row + row, job.inner)
         fetched = min(most, last - row, job.inner - inner)
         at = job.x + _size(x_type, outer * job.x_outer + inner * job.x_inner)
-        if with_grad is not None and job.stream != 0:
-            g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
-            head = _aligned_rows(_pointer_like(g_at, x_type), job.g_inner, job.g_class)
+        g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
+        g = _pointer_like(g_at, x_type)
+        if job.stream != 0:
+            head = _aligned_rows(g, job.g_inner, job.g_class)
             fetched = min(fetched, head) if head > 0 else fetched
         _fetch(_pointer_like(at, x_type), job.x_inner, job.x_class, fetched, n, block, pitch)
         if soft is not None:
@@ -2612,12 +2613,8 @@ def _middle_strided_rows(x_type, job, item, worker, with_grad, soft, stats):
                 x = _pointer_like(at, x_type)
                 _write_rows(x, job.x_class, block, n, job, row + start, count, slots, places, soft)
         if with_grad is not None:
-            g_at = job.grad + _size(x_type, outer * job.g_outer + inner * job.g_inner)
-            g = _pointer_like(g_at, x_type)
             _deliver(block, pitch, g, job.g_inner, job.g_class, fetched, n, job.stream != 0)
         row += fetched
-    if job.stream != 0:
-        _fence(x_type)
     _sum_tiles(x_type, job, first, last)
     return counted
 
@@ -2721,6 +2718,14 @@ def _direct_rows(x_type, job, item, worker, with_grad, soft, stats):
 
 
 @njit(**_INNER)
+def _copy(x, x_outer, x_inner, n_outer, n_inner, out, out_outer, out_inner):
+    """Copy an array of two axes, best with the shorter steps in the inner one."""
+    for i in range(n_outer):
+        for j in range(n_inner):
+            _set(out, i * out_outer + j * out_inner, _get(x, i * x_outer + j * x_inner))
+
+
+@njit(**_INNER)
 def _fetch(x, row_step, class_step, count, n, out, pitch):
     """Copy n classes of count rows to rows of unit stride, ``pitch`` apart."""
     lanes = _lanes(x)
@@ -2736,13 +2741,9 @@ def _fetch(x, row_step, class_step, count, n, out, pitch):
                 source, target = _at(x, j * class_step + r), _at(out, r * pitch + j)
                 _transpose_in(source, class_step, lanes, some, min(lanes, count - r), target, pitch)
     elif abs(class_step) < abs(row_step):
-        for r in range(count):
-            for j in range(n):
-                _set(out, r * pitch + j, _get(x, r * row_step + j * class_step))
+        _copy(x, row_step, class_step, count, n, out, pitch, 1)
     else:
-        for j in range(n):
-            for r in range(count):
-                _set(out, r * pitch + j, _get(x, r * row_step + j * class_step))
+        _copy(x, class_step, row_step, n, count, out, 1, pitch)
 
 
 @njit(**_INNER)
@@ -2781,13 +2782,11 @@ def _deliver(source, pitch, g, row_step, class_step, count, n, stream):
                     some_rows = min(lanes, count - r)
                     _transpose_out(block, pitch, target, class_step, lanes, some, some_rows)
     elif abs(class_step) < abs(row_step):
-        for r in range(count):
-            for j in range(n):
-                _set(g, r * row_step + j * class_step, _get(source, r * pitch + j))
+        _copy(source, pitch, 1, count, n, g, row_step, class_step)
     else:
-        for j in range(n):
-            for r in range(count):
-                _set(g, r * row_step + j * class_step, _get(source, r * pitch + j))
+        _copy(source, 1, pitch, n, count, g, class_step, row_step)
+    if stream:
+        _fence(g)
 
 
 @njit(**_INNER)
