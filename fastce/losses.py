@@ -356,7 +356,7 @@ def run(
     needs ``scale``, has the shape of the logits and any layout. Returns the sum of the losses and how
     many targets were bad, for `Problem.n_kept`.
     """
-    view, targets, n_classes = problem.rows, problem.targets, problem.n_classes
+    view, targets, n_classes = problem.rows, np.ascontiguousarray(problem.targets), problem.n_classes
     kernels = registry.load(registry.choose(backend, view.format.name))
     count = threads.resolve(num_threads, view.n_rows * n_classes, kernels.max_threads)
     if losses is None:

@@ -110,7 +110,9 @@ class Problem(NamedTuple):
     """A checked batch of rows, with what is asked of them."""
 
     rows: RowView
-    targets: NDArray[np.int64]  #: (n_rows,) a class id, or a row that is ignored: `n_kept` knows
+    targets: NDArray[
+        np.int64
+    ]  #: (n_rows,) a class id, or a row that is ignored: `n_kept` knows; any stride
     n_classes: int
     batch_shape: tuple[int, ...]
     axis: int  #: of the classes in the caller's logits
@@ -311,7 +313,7 @@ def check_rows(
         raise ValueError(
             f"{name}: expected at least one class, got none along axis {axis}, shape {np.shape(array)}"
         )
-    targets = np.zeros(view.n_rows, np.int64)
+    targets = repeated(0, view.n_rows, np.int64)
     return Problem(view, targets, n_classes, tuple(batch), axis % x.ndim)
 
 
@@ -560,9 +562,9 @@ def check_scale(
     return scale if isinstance(scale, np.ndarray) else repeated(scale, problem.n_rows)
 
 
-def repeated(value: float, n: int) -> NDArray[np.float64]:
+def repeated(value: float, n: int, dtype: DTypeLike = np.float64) -> NDArray[Any]:
     """Return what numpy.broadcast_to would, in a tenth of the time."""
-    return np.ndarray((n,), np.float64, np.array([value]), strides=(0,))
+    return np.ndarray((n,), dtype, np.array([value], dtype), strides=(0,))
 
 
 def _inputs(problem: Problem) -> list[tuple[str, NDArray[Any]]]:
