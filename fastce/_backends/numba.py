@@ -114,6 +114,11 @@ _LOG1P = (
     "0x1.2f0d58deeae08p-3 0x1.39a0fac5a8dd7p-3 0x1.746645ede9703p-3 0x1.c71c51e94c1b1p-3"
     " 0x1.2492494215c0ap-2 0x1.999999997fb5ap-2 0x1.5555555555593p-1"
 )
+# log(1 + f) = f + f^2 Q(f) for -1/4 <= f <= 1/2, relative error 2^-27
+_LOG1P_IN_FLOAT = (
+    "-0x1.6fe654p-5 0x1.abf6b8p-4 -0x1.0d90p-3 0x1.2897b6p-3 -0x1.54f23ep-3 0x1.99685ap-3"
+    " -0x1.000024p-2 0x1.5555a6p-2 -0x1p-1"
+)
 
 
 # ---- Vectors in Numba's type system, and intrinsics that work on them ----
@@ -750,6 +755,23 @@ def _log1p(s: _Value, bits: int) -> _Value:
     return s.compare("<", math.inf).select(result, s)
 
 
+def _log1p_in_float(s: _Value) -> _Value:
+    """log(1 + s) of doubles >= 0, under 1 ULP of float32: half the instructions."""
+    near = s.rounded(32)
+    u, low = near + 1.0, (s - near.double()).rounded(32)
+    # (1 + s) / 2^k = 1 + f with 3/4 <= 1 + f < 3/2: u is rounded, but f only once
+    bits = u.as_bits() - 0x3F400000
+    scale = (bits.of(0x3F800000) - (bits & ~0x7FFFFF)).as_real()
+    k = (bits >> 23).as_type("sitofp", ir.FloatType())
+    f, f_low = _fma(near, scale, scale - 1.0), low * scale
+    first, *others = _LOG1P_IN_FLOAT.split()
+    q = f.of(first)
+    for coefficient in others:
+        q = _fma(q, f, coefficient)
+    tail = _fma(f * q, f, _fma(-f_low, f, f_low))  # f^2 may be subnormal, and is not formed
+    return _fma(k, "0x1.62e43p-1", f + tail).double()
+
+
 def _transposed(rows: list[_Value]) -> list[_Value]:
     """Transpose as many vectors as each has lanes: swap one bit of the two indices at a time."""
     n, step = len(rows), 1
@@ -1221,6 +1243,18 @@ def _add_exactly(total, carry, part):
     return total, carry + error
 
 
+@_emits(_several(lambda x, i, total, *_: total, lambda x, i, total, *_: total))
+def _add4_exactly(x, i, total, carry):
+    """Add four vectors of losses; those of floats add up exactly, unless one is 2^27 times another."""
+    lanes = total.lanes
+    a, b, c, d = (x.load(i + k * lanes, lanes).double() for k in range(4))
+    parts = [(a + b) + (c + d)] if _bits_of(x) == 32 else [a, b, c, d]
+    for part in parts:
+        total, error = _two_sum(total, part)
+        carry = carry + error
+    return total, carry
+
+
 def _summed_lanes(total: _Value, carry: _Value) -> tuple[_Value, _Value]:
     while total.lanes > 1:
         low, high = carry.halves()
@@ -1280,7 +1314,10 @@ def _parts_of_loss(x, m, target_logit, rest):
 
 
 @_emits(lambda x, gap, *_: gap)
-def _loss(x, gap, error, rest):
+def _loss(x, gap, error, rest, few):
+    """Return losses; those of few classes, which cost more than the exponentials, by way of floats."""
+    if few and _bits_of(x) == 32:
+        return gap + _log1p_in_float(rest)
     return gap + (error + _log1p(rest, _bits_of(x)))
 
 
@@ -2190,7 +2227,10 @@ def _tile_sum(losses, first, n):
     """Return the compensated sum of n losses."""
     lanes = _lanes(losses)
     total, carry = _splat_double(losses, 0.0), _splat_double(losses, 0.0)
-    for i in range(0, n, lanes):
+    whole = n - n % (4 * lanes)
+    for i in range(0, whole, 4 * lanes):
+        total, carry = _add4_exactly(losses, first + i, total, carry)
+    for i in range(whole, n, lanes):
         part = _as_doubles(_load_where(losses, _first_lanes(losses, n - i), first + i))
         total, carry = _add_exactly(total, carry, part)
     s, c = _sum_lanes(total, carry)
@@ -2293,12 +2333,12 @@ def _set_target(g, target, gap, e, rest, scale, soft, own):
 
 
 @njit(**_INNER)
-def _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved):
-    """Store losses and statistics of count rows."""
+def _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved, few):
+    """Store losses and statistics of count rows, of few classes unless that is None."""
     if job.losses == 0:
         return
     if mass is None:
-        loss = _loss(x, gap, error, rest)
+        loss = _loss(x, gap, error, rest, few)
     else:
         loss = _soft_loss(x, gap, rest, linear, mass)
     if job.has_more != 0 and (job.row_weights != 0 or job.id_weights != 0):
@@ -2356,7 +2396,7 @@ def _store_rows(x, job, parts, row, count, soft, stats):
         )
         found = _found(stats, m, logit, tops, ahead, spread, squares)
         saved = _at(parts, _SPARE)
-        _store_lanes(x, job, row + r, some, kept, gap, error, rest, linear, mass, found, saved)
+        _store_lanes(x, job, row + r, some, kept, gap, error, rest, linear, mass, found, saved, None)
 
 
 # ---- Kernels for rows of one block: lanes are classes, then rows ----
@@ -2455,7 +2495,8 @@ def _finish_rows(x, job, row, count, slots, soft, stats):
     if soft is not None:
         _store(slots, _MASS_OF, mass)
         _store(slots, _OTHERS_OF, others)
-    _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, _at(slots, _SUM))
+    saved = _at(slots, _SUM)
+    _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved, None)
     _store(slots, _SUM, gap)
     _store(slots, _ERROR, rest)
     return counted
@@ -3199,7 +3240,7 @@ def _narrow_rows(x_type, job, item, worker, with_grad, soft, stats):
         below = _closed(sums.below, sums.below_carry)
         linear, mass, others = _mass_of(soft, gap, linear, mass, below, w)
         n_counted = _by_targets(soft, _count_bad(kept, sums.least, mass), n_counted)
-        _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved)
+        _store_lanes(x, job, row, count, kept, gap, error, rest, linear, mass, found, saved, 1)
         if with_grad is not None:
             if job.log != 0:
                 how = _log_parts(x, _as_doubles(m), gap, rest)
