@@ -110,9 +110,7 @@ class Problem(NamedTuple):
     """A checked batch of rows, with what is asked of them."""
 
     rows: RowView
-    targets: NDArray[
-        np.int64
-    ]  #: (n_rows,) a class id, or a row that is ignored: `n_kept` knows; any stride
+    targets: NDArray[np.int64]  #: (n_rows,), any stride: a class id, or an ignored row; see `n_kept`
     n_classes: int
     batch_shape: tuple[int, ...]
     axis: int  #: of the classes in the caller's logits

@@ -307,7 +307,7 @@ def test_a_result_past_the_caches_has_the_same_bits(backend, work, dtype, n_clas
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_rows_of_every_kind_past_the_caches(backend, dtype, axis, monkeypatch):
     """A gradient may be written while the next row is read, or with others, whatever kind each is."""
     kinds = {
