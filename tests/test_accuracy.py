@@ -341,6 +341,26 @@ def test_binary_loss_of_probabilities(backend, dtype, record_ulp):
     _check(grad, gradients, GRAD_ULP[dtype], "probabilities", record, larger_terms)
 
 
+@pytest.mark.parametrize("n_classes", [3, 8, 10, 24, 100, 300])
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+def test_losses_that_one_term_carries(backend, dtype, n_classes, record_ulp):
+    """The second likeliest class alone, at 1 to 33 %: no other error averages its own out."""
+    rng = np.random.default_rng(n_classes)
+    n_rows = 1_000_000 // n_classes
+    x = rng.normal(0, 6, (n_rows, n_classes)).astype(dtype)
+    rows, order = np.arange(n_rows), np.argsort(x, axis=1)
+    target, second = order[:, -1], order[:, -2]
+    x[rows, second] = x[rows, target] - rng.uniform(1.1, 4.4, n_rows).astype(dtype)
+    target = x.argmax(1)
+    terms = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    terms[rows, target] = 0.0
+    exact = np.log1p(terms.sum(1))
+    got = fastce.cross_entropy(x, target, reduction="none", backend=backend)
+    errors = abs(got - exact) / np.spacing(exact.astype(np.float32))
+    record_ulp(backend, "loss", dtype, errors.max(), f"one term of {n_classes}")
+    assert errors.max() <= LOSS_ULP["float32"]
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_loss_and_gradient_agree_with_loss_alone(backend, dtype):
     for case in accuracy_cases(dtype):
